@@ -1,0 +1,53 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread per worker: the workers already fill the cores.
+WORKERS ?= 2
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help venv quickstart test check format benchmark clean
+
+help:
+	@echo "make venv        create $(VENV) with the tested versions"
+	@echo "make quickstart  train, save, reload and evaluate a small HMoE on real text"
+	@echo "make test        the test suite"
+	@echo "make check       lint, formatting, types"
+	@echo "make format      apply the lint fixes and the formatting"
+	@echo "make benchmark   every script in benchmarks/"
+	@echo "make clean       remove caches and build outputs (VENV stays)"
+
+venv: $(STAMP)
+
+# torch comes first and alone, so that a failure of the largest download is seen at once.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot create a virtual environment: on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(STAMP)
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; $(BIN)/python $$script; \
+	done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,585 @@
+"""HMoE configuration: expert sizes, routing, router losses, the papers' presets, and parameter counts.
+
+Everything here is arithmetic on a config; no tensor is made. Papers: HMoE (arXiv 2408.10681), MoDSE (arXiv
+2409.12210). This file travels with every saved checkpoint, so it imports only the standard library and transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+CONFIG_FORMAT_VERSION = 1
+ROUTINGS = ("top_k", "top_p")
+ROUTER_TYPES = ("linear", "modse")
+LOAD_BALANCING_COUNTS = ("activated", "top1")
+PENALTY_NORMALIZERS = ("mean", "max", "sum", "none")
+LOSS_SCOPES = ("micro_batch", "global_batch")
+SIZE_STRATEGIES = ("arithmetic", "geometric", "hybrid", "pairs", "uniform")
+
+# Every head is resolvable from every checkpoint, whichever head saved it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hmoe.HMoEConfig",
+    "AutoModel": "modeling_hmoe.HMoEModel",
+    "AutoModelForCausalLM": "modeling_hmoe.HMoEForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hmoe.HMoEForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hmoe.HMoEForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_hmoe.HMoEForQuestionAnswering",
+}
+
+# Fields of homogeneous MoE and dense configs that a user may try here, with what replaces them.
+_FOREIGN_FIELDS = {
+    name: "give one size per expert in `expert_intermediate_sizes`, such as expert_sizes('uniform', 8, total=12288)"
+    for name in ("num_experts", "num_local_experts", "intermediate_size", "moe_intermediate_size")
+}
+
+
+def expert_sizes(
+    strategy: str, num_experts: int, total: int, multiple_of: int = 1, spread: float | None = None
+) -> list[int]:
+    """Intermediate sizes of `num_experts` experts that sum to `total` neurons.
+
+    | strategy | sizes | source |
+    |---|---|---|
+    | `arithmetic` | equal steps, largest / smallest = 23 / 9 (8 experts: 9, 11, ..., 23) | HMoE, main results |
+    | `geometric` | each twice the one before (8 experts: 1, 2, ..., 128) | HMoE Fig. 8 |
+    | `hybrid` | half 1, a quarter 2, a quarter 4 | HMoE Fig. 8 |
+    | `pairs` | (large, small) neighbours of one sum; 8 experts: 9, 1, 8, 2, 6, 4, 5, 5 | MoDSE Tables 1-2 |
+    | `uniform` | all equal | the homogeneous twin |
+
+    Args:
+        total: sum of all sizes, in neurons.
+        multiple_of: every size is a multiple of it (the largest possible tile); rounding keeps the sum (and, for
+            `pairs`, the sum of each pair).
+        spread: largest / smallest size, at least 1, for `arithmetic` (default 23 / 9) and `geometric` (default 2 per
+            step).
+
+    Raises:
+        ValueError: with the argument, its value and the remedy.
+    """
+    if strategy not in SIZE_STRATEGIES:
+        raise ValueError(f"`strategy` must be one of {list(SIZE_STRATEGIES)}, got {strategy!r}")
+    for name, value in (("num_experts", num_experts), ("total", total), ("multiple_of", multiple_of)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+    if spread is not None and strategy not in ("arithmetic", "geometric"):
+        raise ValueError(f"`spread` applies to 'arithmetic' and 'geometric' sizes, not to {strategy!r}")
+    if spread is not None and not 1 <= spread < math.inf:
+        raise ValueError(f"`spread` (largest / smallest size) must be a finite number of at least 1, got {spread!r}")
+    if total % multiple_of:
+        raise ValueError(
+            f"`total`={total} is not divisible by `multiple_of`={multiple_of}: no sizes that are multiples of "
+            f"{multiple_of} sum to it; the nearest totals are {total - total % multiple_of} and "
+            f"{total - total % multiple_of + multiple_of}"
+        )
+    units = total // multiple_of
+    if units < num_experts:
+        raise ValueError(
+            f"`total`={total} gives {num_experts} experts fewer than `multiple_of`={multiple_of} neurons each: "
+            f"raise `total` to {num_experts * multiple_of} or more, or lower `multiple_of`"
+        )
+    if strategy == "pairs":
+        return _pair_sizes(num_experts, total, multiple_of)
+    return [unit * multiple_of for unit in _apportion(_size_ratios(strategy, num_experts, spread), units)]
+
+
+def _size_ratios(strategy: str, num_experts: int, spread: float | None) -> list[float]:
+    steps = max(num_experts - 1, 1)
+    if strategy == "arithmetic":
+        spread = 23 / 9 if spread is None else spread
+        return [1 + (spread - 1) * i / steps for i in range(num_experts)]
+    if strategy == "geometric":
+        log_spread = math.log(2) * steps if spread is None else math.log(spread)
+        return [math.exp(log_spread * i / steps) for i in range(num_experts)]
+    if strategy == "hybrid":
+        if num_experts % 4:
+            raise ValueError(
+                f"`num_experts`={num_experts} cannot be split into half size 1, a quarter size 2 and a quarter size "
+                "4: 'hybrid' needs a multiple of 4"
+            )
+        return [1.0] * (num_experts // 2) + [2.0] * (num_experts // 4) + [4.0] * (num_experts // 4)
+    if strategy == "uniform":
+        return [1.0] * num_experts
+    raise AssertionError(strategy)
+
+
+def _apportion(ratios: list[float], units: int) -> list[int]:
+    """Whole numbers of at least 1 proportional to `ratios` that sum to `units` (largest remainders)."""
+    quotas = [ratio / sum(ratios) * units for ratio in ratios]
+    shares = [max(1, math.floor(quota + 1e-9)) for quota in quotas]
+    while sum(shares) < units:
+        shares[max(range(len(shares)), key=lambda i: quotas[i] - shares[i])] += 1
+    while sum(shares) > units:
+        shares[min((i for i in range(len(shares)) if shares[i] > 1), key=lambda i: quotas[i] - shares[i])] -= 1
+    return shares
+
+
+def _pair_sizes(num_experts: int, total: int, multiple_of: int) -> list[int]:
+    if num_experts % 2:
+        raise ValueError(f"`num_experts`={num_experts} is odd: 'pairs' needs an even number of experts")
+    num_pairs = num_experts // 2
+    pair_units, remainder = divmod(total // multiple_of, num_pairs)
+    if remainder:
+        raise ValueError(
+            f"`total`={total} does not give {num_pairs} pairs of equal sum in multiples of {multiple_of}: "
+            f"use a multiple of {num_pairs * multiple_of}"
+        )
+    sizes = []
+    for pair in range(num_pairs):
+        # MoDSE's four pairs deviate from the mean by 0.8, 0.6, 0.2 and 0; other counts interpolate between them.
+        position = 3 * pair / max(num_pairs - 1, 1)
+        left = min(int(position), 2)
+        offsets = (0.8, 0.6, 0.2, 0.0)
+        offset = offsets[left] + (offsets[left + 1] - offsets[left]) * (position - left)
+        large = min(math.floor(pair_units / 2 * (1 + offset) + 0.5), pair_units - 1)
+        sizes += [large * multiple_of, (pair_units - large) * multiple_of]
+    return sizes
+
+
+@strict
+class HMoEConfig(PreTrainedConfig):
+    r"""Configuration of a decoder-only language model whose MoE experts may differ in size.
+
+    Mixtral's fields, with the experts described by a list of sizes. The defaults are HMoE-0.4B, Top-K (arXiv
+    2408.10681, section 4). Every field is checked when the config is made; a bad value raises an error that names the
+    field, the value and the remedy.
+
+    Args:
+        expert_intermediate_sizes: neurons of each expert; one list for all layers, or one list per layer (lengths may
+            differ). [`expert_sizes`] makes the papers' lists.
+        expert_tile_size: neurons per tile of the weight bank; divides every size. Default: their greatest common
+            divisor.
+        routing: `"top_k"` (HMoE Eq. 8) or `"top_p"` (Eq. 9-11).
+        num_experts_per_tok, norm_topk_prob: Top-K: how many experts, and whether their weights are renormalised.
+        router_top_p, max_experts_per_tok: Top-P: the probability mass to reach, in (0, 1], and a cap on the experts
+            per token (default: all).
+        router_type: `"linear"`, or `"modse"`: linear plus RMSNorm(softplus(linear)) (MoDSE Eq. 1-5).
+        load_balancing_loss_coef, load_balancing_counts: HMoE Eq. 3; counts of all activated experts (`"activated"`) or
+            of the first choice (`"top1"`, MoDSE).
+        parameter_penalty_loss_coef, parameter_penalty_normalizer: HMoE Eq. 4; sizes are divided by their `"mean"`,
+            `"max"`, `"sum"`, or left alone (`"none"`).
+        router_entropy_loss_coef: HMoE Eq. 5 with its sign corrected: the entropy is minimised.
+        router_z_loss_coef: mean squared log-partition of the router (ST-MoE, arXiv 2202.08906).
+        router_aux_loss_coef: factor on the weighted sum of the above.
+        router_loss_scope: expert counts over the `"micro_batch"`, or the `"global_batch"`: summed over data-parallel
+            ranks.
+        qk_norm: RMSNorm per head on queries and keys (Qwen3).
+        attention_bias: biases on the four attention projections.
+    """
+
+    model_type = "hmoe"
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "lm_loss",
+        "aux_loss",
+        "load_balancing_loss",
+        "parameter_penalty_loss",
+        "router_entropy_loss",
+        "router_z_loss",
+        "router_logits",
+        "router_index",
+    ]
+    default_theta = 10000.0
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "colwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    attention_dropout: float | int = 0.0
+    attention_bias: bool = False
+    qk_norm: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+
+    expert_intermediate_sizes: list[int] | list[list[int]] | None = None
+    expert_tile_size: int | None = None
+    routing: str = "top_k"
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
+    router_top_p: float | int = 0.6
+    max_experts_per_tok: int | None = None
+    router_type: str = "linear"
+
+    load_balancing_loss_coef: float | int = 0.0
+    load_balancing_counts: str = "activated"
+    parameter_penalty_loss_coef: float | int = 0.1
+    parameter_penalty_normalizer: str = "mean"
+    router_entropy_loss_coef: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
+    router_aux_loss_coef: float | int = 1.0
+    router_loss_scope: str = "micro_batch"
+    output_router_logits: bool = False
+
+    format_version: int = CONFIG_FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if self.format_version > CONFIG_FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version`={self.format_version}: this config was saved by a newer hmoe; this one reads "
+                f"versions up to {CONFIG_FORMAT_VERSION}. Upgrade with `pip install -U hmoe`, or load the checkpoint "
+                "with its own code (trust_remote_code=True) in an environment without hmoe"
+            )
+        self._refuse_unknown_fields(kwargs)
+        if self.expert_intermediate_sizes is None:
+            self.expert_intermediate_sizes = expert_sizes("arithmetic", 8, total=12288)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_architecture()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.expert_tile_size is None:
+            self.expert_tile_size = math.gcd(*(size for sizes in self.layer_expert_sizes for size in sizes))
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError, with field, value and remedy, if any field cannot be; also after later assignments."""
+        self._check_architecture()
+        self._check_experts()
+        self._check_routing()
+        self._check_losses()
+
+    # Run by transformers when a config is saved.
+    def validate_hmoe(self):
+        self.check()
+
+    def _refuse_unknown_fields(self, kwargs: dict[str, Any]) -> None:
+        fields = list(type(self).__dataclass_fields__)
+        for name in kwargs:
+            if name in _FOREIGN_FIELDS:
+                raise ValueError(f"HMoEConfig has no `{name}` (got {kwargs[name]!r}): {_FOREIGN_FIELDS[name]}")
+            if name.startswith("_") or hasattr(type(self), name):
+                continue
+            if nearest := get_close_matches(name, fields, n=1, cutoff=0.8):
+                raise ValueError(f"HMoEConfig has no `{name}` (got {kwargs[name]!r}): did you mean `{nearest[0]}`?")
+
+    def _check_architecture(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            _check_positive(name, getattr(self, name))
+        for name in ("head_dim", "sliding_window", "max_position_embeddings"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_attention_heads`={self.num_attention_heads} must be a multiple of "
+                f"`num_key_value_heads`={self.num_key_value_heads}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size`={self.hidden_size} is not divisible by "
+                f"`num_attention_heads`={self.num_attention_heads}: "
+                "give `head_dim`, or change one of them"
+            )
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if head_dim % 2:
+            raise ValueError(f"`head_dim`={head_dim} must be even: rotary embeddings turn its values in pairs")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must be in [0, 1), got {self.attention_dropout!r}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)!r}")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        sizes = self.expert_intermediate_sizes
+        if not sizes:
+            raise ValueError(f"`expert_intermediate_sizes` must name at least one expert, got {sizes!r}")
+        if isinstance(sizes[0], list) and len(sizes) != self.num_hidden_layers:
+            raise ValueError(
+                f"`expert_intermediate_sizes` has {len(sizes)} lists for "
+                f"`num_hidden_layers`={self.num_hidden_layers}: "
+                "give one list per layer, or one list of sizes for all layers"
+            )
+        for layer, layer_sizes in enumerate(self.layer_expert_sizes):
+            if not layer_sizes:
+                raise ValueError(f"`expert_intermediate_sizes[{layer}]` must name at least one expert, got []")
+            for expert, size in enumerate(layer_sizes):
+                if size < 1:
+                    raise ValueError(
+                        f"`expert_intermediate_sizes`: expert {expert} of layer {layer} has size {size}; "
+                        "every expert needs at least one neuron"
+                    )
+
+    def _check_experts(self) -> None:
+        _check_positive("expert_tile_size", self.expert_tile_size)
+        for layer, sizes in enumerate(self.layer_expert_sizes):
+            for expert, size in enumerate(sizes):
+                if size % self.expert_tile_size:
+                    common = math.gcd(*(size for sizes in self.layer_expert_sizes for size in sizes))
+                    raise ValueError(
+                        f"`expert_tile_size`={self.expert_tile_size} does not divide size {size} of expert {expert} "
+                        f"in layer {layer}: use a divisor of {common}, or None for {common} itself"
+                    )
+
+    def _check_routing(self) -> None:
+        _check_choice("routing", self.routing, ROUTINGS)
+        _check_choice("router_type", self.router_type, ROUTER_TYPES)
+        _check_positive("num_experts_per_tok", self.num_experts_per_tok)
+        fewest = min(len(sizes) for sizes in self.layer_expert_sizes)
+        if self.routing == "top_k" and self.num_experts_per_tok > fewest:
+            raise ValueError(
+                f"`num_experts_per_tok`={self.num_experts_per_tok} is more than the {fewest} experts of a layer: "
+                f"lower it to {fewest} or less, or add experts to `expert_intermediate_sizes`"
+            )
+        if not 0 < self.router_top_p <= 1:
+            raise ValueError(f"`router_top_p` must be in (0, 1], got {self.router_top_p!r}; the paper uses 0.6")
+        if self.max_experts_per_tok is not None:
+            _check_positive("max_experts_per_tok", self.max_experts_per_tok)
+            if self.max_experts_per_tok > fewest:
+                raise ValueError(
+                    f"`max_experts_per_tok`={self.max_experts_per_tok} is more than the {fewest} experts of a layer: "
+                    "lower it, or leave it None for no cap"
+                )
+        if self.router_type == "modse" and not (self.routing == "top_k" and self.norm_topk_prob):
+            raise ValueError(
+                f"`router_type`='modse' is defined for `routing`='top_k' with `norm_topk_prob`=True (MoDSE Eq. 1), "
+                f"got `routing`={self.routing!r}, `norm_topk_prob`={self.norm_topk_prob}: change these, or use "
+                f"'linear'"
+            )
+
+    def _check_losses(self) -> None:
+        _check_choice("load_balancing_counts", self.load_balancing_counts, LOAD_BALANCING_COUNTS)
+        _check_choice("parameter_penalty_normalizer", self.parameter_penalty_normalizer, PENALTY_NORMALIZERS)
+        _check_choice("router_loss_scope", self.router_loss_scope, LOSS_SCOPES)
+        for name in ("router_aux_loss_coef", *self.router_loss_coefs_by_field):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be finite and not negative, got {value!r}; 0 turns the term off")
+
+    @property
+    def layer_expert_sizes(self) -> list[list[int]]:
+        """Sizes of the experts of every layer, whichever form `expert_intermediate_sizes` has."""
+        sizes = self.expert_intermediate_sizes
+        return list(sizes) if isinstance(sizes[0], list) else [list(sizes)] * self.num_hidden_layers
+
+    @property
+    def num_experts(self) -> int:
+        """Experts per layer; the largest number where layers differ."""
+        return max(len(sizes) for sizes in self.layer_expert_sizes)
+
+    num_local_experts = num_experts
+
+    @property
+    def router_loss_coefs_by_field(self) -> dict[str, float]:
+        names = ("load_balancing_loss", "parameter_penalty_loss", "router_entropy_loss", "router_z_loss")
+        return {f"{name}_coef": getattr(self, f"{name}_coef") for name in names}
+
+    @property
+    def has_router_losses(self) -> bool:
+        """Whether training adds any router term to the loss."""
+        return self.router_aux_loss_coef > 0 and any(coef > 0 for coef in self.router_loss_coefs_by_field.values())
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> HMoEConfig:
+        """The configuration of a model of the papers or of its homogeneous twin; `overrides` replace single fields.
+
+        `PRESETS` lists the names. Raises ValueError with the nearest name for an unknown one.
+        """
+        if name not in PRESETS:
+            nearest = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown preset {name!r}, did you mean {nearest!r}? Presets: {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"this checkpoint's config has `model_type`={model_type!r}, not {cls.model_type!r}: load it with "
+                "AutoModelForCausalLM, or convert it to hmoe first"
+            )
+        # Overrides join before construction, so that they are checked together with the rest.
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
+        if overrides.get("dtype") == "auto":
+            del overrides["dtype"]
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value!r}")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        nearest = get_close_matches(value, choices, n=1, cutoff=0.5)
+        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}{hint}")
+
+
+_HMOE_0_4B = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 4096,
+    "expert_intermediate_sizes": expert_sizes("arithmetic", 8, total=12288),
+    "parameter_penalty_loss_coef": 0.1,
+}
+# The paper prints 12 blocks, which make 1.32 B parameters; 24 blocks give its 2.55 B and its activated counts.
+_HMOE_3B = {
+    **_HMOE_0_4B,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "expert_intermediate_sizes": expert_sizes("arithmetic", 8, total=32768),
+}
+_HOMOGENEOUS = {"parameter_penalty_loss_coef": 0.0, "load_balancing_loss_coef": 0.01}
+_TOP_P = {"routing": "top_p", "router_top_p": 0.6, "router_entropy_loss_coef": 0.03}
+# The paper gives neither the coefficient nor the context length: Switch's 1e-2 and 2048 are chosen here.
+_MODSE = {
+    "vocab_size": 30064,
+    "max_position_embeddings": 2048,
+    "router_type": "modse",
+    "load_balancing_loss_coef": 0.01,
+    "load_balancing_counts": "top1",
+    "parameter_penalty_loss_coef": 0.0,
+}
+_MODSE_300M = {**_MODSE, "hidden_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 12}
+_MODSE_700M = {**_MODSE, "hidden_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 32}
+_UNIFORM_0_4B = {"expert_intermediate_sizes": [1536] * 8, **_HOMOGENEOUS}
+_UNIFORM_3B = {"expert_intermediate_sizes": [4096] * 8, **_HOMOGENEOUS}
+_ONE_EXPERT = {"num_experts_per_tok": 1, "parameter_penalty_loss_coef": 0.0}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "hmoe-0.4b": _HMOE_0_4B,
+    "hmoe-0.4b-top-p": {**_HMOE_0_4B, **_TOP_P},
+    "hmoe-0.4b-hybrid": {**_HMOE_0_4B, "expert_intermediate_sizes": expert_sizes("hybrid", 8, total=12288)},
+    # 12288 / 255 is no whole number and the paper does not say how it rounds: multiples of 16, the sum kept.
+    "hmoe-0.4b-geometric": {
+        **_HMOE_0_4B,
+        "expert_intermediate_sizes": expert_sizes("geometric", 8, total=12288, multiple_of=16),
+    },
+    "moe-0.4b": {**_HMOE_0_4B, **_UNIFORM_0_4B},
+    "moe-0.4b-top-p": {**_HMOE_0_4B, **_UNIFORM_0_4B, **_TOP_P},
+    "dense-0.4b": {**_HMOE_0_4B, **_ONE_EXPERT, "expert_intermediate_sizes": [12288]},
+    "hmoe-3b": _HMOE_3B,
+    "hmoe-3b-top-p": {**_HMOE_3B, **_TOP_P},
+    "hmoe-3b-hybrid": {**_HMOE_3B, "expert_intermediate_sizes": expert_sizes("hybrid", 8, total=32768)},
+    "moe-3b": {**_HMOE_3B, **_UNIFORM_3B},
+    "moe-3b-top-p": {**_HMOE_3B, **_UNIFORM_3B, **_TOP_P},
+    # The dense 1B has the printed 12 blocks: its 1.32 B parameters fit them.
+    "dense-1b": {**_HMOE_3B, **_ONE_EXPERT, "num_hidden_layers": 12, "expert_intermediate_sizes": [32768]},
+    "modse-300m-x8": {**_MODSE_300M, "expert_intermediate_sizes": expert_sizes("pairs", 8, total=8 * 3840)},
+    "moe-300m-x8": {**_MODSE_300M, "router_type": "linear", "expert_intermediate_sizes": [3840] * 8},
+    # MoDSE's "Baseline 105%": as wide as the mean expert that its text says MoDSE activates.
+    "moe-300m-x8-105": {**_MODSE_300M, "router_type": "linear", "expert_intermediate_sizes": [4045] * 8},
+    "modse-700m-x8": {**_MODSE_700M, "expert_intermediate_sizes": expert_sizes("pairs", 8, total=8 * 5120)},
+    "moe-700m-x8": {**_MODSE_700M, "router_type": "linear", "expert_intermediate_sizes": [5120] * 8},
+}
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a causal language model, as [`count_parameters`] finds them.
+
+    Attributes:
+        total: all parameters; tied embeddings count once.
+        embedding: input embedding and, unless tied, the output head.
+        attention, norms, router: sums over layers (`norms` with the final one; `router` with learnable activations).
+        experts: per layer, per expert.
+        activated: parameters one token uses on average: everything but the experts, plus the experts by their load.
+        activated_min, activated_max: the least and the most that one token can use.
+    """
+
+    total: int
+    embedding: int
+    attention: int
+    norms: int
+    router: int
+    experts: list[list[int]]
+    activated: float
+    activated_min: int
+    activated_max: int
+
+    @property
+    def activated_ratio(self) -> float:
+        """Activated share of the expert parameters (HMoE Table 2)."""
+        experts = sum(map(sum, self.experts))
+        return (self.activated - (self.total - experts)) / experts
+
+
+def count_parameters(config: HMoEConfig, load: Sequence[Sequence[float]] | None = None) -> ParameterCounts:
+    """Counts the parameters of `HMoEForCausalLM(config)`, embeddings included, as the papers do.
+
+    Args:
+        load: per layer, per expert, the share of tokens that activate it (sums to the experts per token); default:
+            equal load, of `num_experts_per_tok` experts with Top-K. With Top-P the number of experts depends on the
+            data, so
+            without `load` every expert is taken as equally likely and one is activated: a lower bound.
+
+    Raises:
+        ValueError: if `load` does not have the layers and experts of the config.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    query_width = config.num_attention_heads * config.head_dim
+    key_width = config.num_key_value_heads * config.head_dim
+    attention = layers * 2 * hidden * (query_width + key_width)
+    if config.attention_bias:
+        attention += layers * (query_width + 2 * key_width + hidden)
+    norms = hidden * (2 * layers + 1) + (layers * 2 * config.head_dim if config.qk_norm else 0)
+    embedding = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    num_experts = [len(sizes) for sizes in config.layer_expert_sizes]
+    router = sum(count * hidden for count in num_experts)
+    if config.router_type == "modse":
+        router = 2 * router + sum(num_experts)
+    router += layers * sum(parameter.numel() for parameter in ACT2FN[config.hidden_act].parameters())
+
+    experts = [[3 * hidden * size for size in sizes] for sizes in config.layer_expert_sizes]
+    shared = embedding + attention + norms + router
+    per_token = 1 if config.routing == "top_p" else config.num_experts_per_tok
+    most = (config.max_experts_per_tok or max(num_experts)) if config.routing == "top_p" else per_token
+    if load is None:
+        load = [[per_token / count] * count for count in num_experts]
+    if [len(row) for row in load] != num_experts:
+        raise ValueError(f"`load` has {[len(row) for row in load]} experts per layer, the config has {num_experts}")
+    return ParameterCounts(
+        total=shared + sum(map(sum, experts)),
+        embedding=embedding,
+        attention=attention,
+        norms=norms,
+        router=router,
+        experts=experts,
+        activated=shared + sum(share * size for row, sizes in zip(load, experts) for share, size in zip(row, sizes)),
+        activated_min=shared + sum(sum(sorted(sizes)[:per_token]) for sizes in experts),
+        activated_max=shared + sum(sum(sorted(sizes)[-most:]) for sizes in experts),
+    )
