@@ -39,7 +39,7 @@ SEED = 0
 CONTEXT = 256
 VOCABULARY = 4096
 HELD_OUT_EVERY = 10
-BATCH = 8
+BATCH = 4
 BENCHMARK_ITEMS = 100
 
 # Runs in an interpreter of its own that refuses to import hmoe: what loads there is the code saved with the model.
@@ -169,6 +169,7 @@ def make_trainer(
         lr_scheduler_type="cosine",
         warmup_steps=min(50, max_steps // 10),
         weight_decay=0.1,
+        adam_beta2=0.95,
         logging_steps=max(1, max_steps // 12),
         save_strategy="no",
         report_to="none",
@@ -309,7 +310,7 @@ def draw_load(results: Results, top_k: int, path: Path) -> None:
     positions = range(len(order))
     means = [100 * share for share in mean_load(results.load)]
     law = [100 * share for share in inverse_size_load(sizes, top_k)]
-    right.bar(positions, [means[expert] for expert in order], color="#0072B2", label="measured, mean over layers")
+    right.bar(positions, [means[expert] for expert in order], color="#0072B2", label="measured")
     right.plot(positions, [law[expert] for expert in order], "o-", color="#E69F00", label="proportional to 1 / size")
     right.axhline(100 * top_k / len(sizes), color="black", linestyle="--", label="equal load")
     right.set_xticks(positions, labels)
@@ -330,10 +331,13 @@ def peak_memory_gib() -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_steps", type=int, default=600, help="training steps (default: %(default)s)")
+    parser.add_argument("--max_steps", type=int, default=900, help="training steps (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--no_benchmark", action="store_true", help="leave out PIQA and ARC-Easy")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.max_steps < 1:
+        parser.error(f"--max_steps must be at least 1, got {arguments.max_steps}")
+    return arguments
 
 
 def main() -> None:

