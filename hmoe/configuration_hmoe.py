@@ -200,6 +200,11 @@ class HMoEConfig(PreTrainedConfig):
         "layers.*.mlp.experts.down_proj": "colwise",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

@@ -259,7 +259,7 @@ def eager_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     """The reference: a static loop over experts in plain PyTorch. Every other backend is tested against it."""
     output = torch.zeros_like(hidden_states)
     tile = self.down_proj.shape[1]
-    for expert in range(self.num_experts):
+    for expert in range(len(self.tile_offsets) - 1):
         token, slot = torch.where(top_k_index == expert)  # [rows] each
         projected = F.linear(hidden_states[token], _expert_rows(self.gate_up_proj, self.tile_offsets, expert))
         gate, up = projected.unflatten(1, (-1, 2, tile)).unbind(2)  # [rows, tiles, g] each
@@ -275,7 +275,7 @@ def _on_tiles(stock_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         tiles_of_expert = self.tiles_of_expert(hidden_states.device)  # [E + 1, n], padded with the id N
-        tile_index = tiles_of_expert[top_k_index.clamp(max=self.num_experts)]  # [T, K, n]
+        tile_index = tiles_of_expert[top_k_index.clamp(max=len(tiles_of_expert) - 1)]  # [T, K, n]
         used = tile_index < self.gate_up_proj.shape[0]
         tile_weights = torch.where(used, top_k_weights.unsqueeze(-1), 0)  # [T, K, n]
         bank = SimpleNamespace(
@@ -318,7 +318,7 @@ class HMoEExperts(nn.Module):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         sizes = config.layer_expert_sizes[layer_idx]
-        self.num_experts = len(sizes)
+        self.num_experts = len(sizes)  # expert parallelism sets it to the number of tiles held here
         self.tile_offsets = [0, *accumulate(size // config.expert_tile_size for size in sizes)]
         num_tiles, tile, hidden = self.tile_offsets[-1], config.expert_tile_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_tiles, 2 * tile, hidden))

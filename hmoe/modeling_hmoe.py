@@ -43,6 +43,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_hmoe import HMoEConfig
 from .experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
 from .losses_hmoe import router_losses
+from .parallel_hmoe import EP_IMPLEMENTATION, check_tiles_divide
 
 
 @dataclass
@@ -238,6 +239,14 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
                 f"use one of {list(EXPERTS_IMPLEMENTATIONS)}"
             )
         return requested
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        if distributed_config is not None and distributed_config.ep_size > 1:
+            check_tiles_divide(model.config, distributed_config.ep_size)
+            if distributed_config.ep_implementation == "auto":
+                distributed_config.ep_implementation = EP_IMPLEMENTATION
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
