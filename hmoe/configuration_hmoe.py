@@ -4,8 +4,6 @@ Everything here is arithmetic on a config; no tensor is made. Papers: HMoE (arXi
 2409.12210). This file travels with every saved checkpoint, so it imports only the standard library and transformers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -414,7 +412,7 @@ class HMoEConfig(PreTrainedConfig):
         return self.router_aux_loss_coef > 0 and any(coef > 0 for coef in self.router_loss_coefs_by_field.values())
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> HMoEConfig:
+    def from_preset(cls, name: str, **overrides) -> "HMoEConfig":
         """The configuration of a model of the papers or of its homogeneous twin; `overrides` replace single fields.
 
         `PRESETS` lists the names. Raises ValueError with the nearest name for an unknown one.

@@ -17,7 +17,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import accumulate
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -270,28 +269,57 @@ def eager_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     return output
 
 
-def _on_tiles(stock_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+class _TileBank:
+    """What the stock kernels read from an experts module, with tiles in the place of experts."""
+
+    has_gate = True
+    has_bias = has_post_expert_norm = is_transposed = False
+    _is_expert_parallel = True  # the stock kernels skip unused ids only then
+
+    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: Callable[[Tensor], Tensor]):
+        self.num_experts = gate_up_proj.shape[0]
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj.transpose(1, 2)  # [N, H, g], as stock experts store it
+        self._apply_gate = apply_gate
+
+
+def _run_on_tiles(
+    self,
+    stock_forward: Callable[..., Tensor],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+) -> Tensor:
     """A stock backend of Transformers run on tile ids: exact FLOPs, each token gathered once per tile."""
+    tiles_of_expert = self.tiles_of_expert(hidden_states.device)  # [E + 1, n], padded with the id N
+    tile_index = tiles_of_expert[top_k_index.clamp(max=len(tiles_of_expert) - 1)]  # [T, K, n]
+    used = tile_index < gate_up_proj.shape[0]
+    tile_weights = torch.where(used, top_k_weights.unsqueeze(-1), 0)  # [T, K, n]
+    bank = _TileBank(gate_up_proj, down_proj, self._apply_gate)
+    return stock_forward(bank, hidden_states, tile_index.flatten(1), tile_weights.flatten(1))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        tiles_of_expert = self.tiles_of_expert(hidden_states.device)  # [E + 1, n], padded with the id N
-        tile_index = tiles_of_expert[top_k_index.clamp(max=len(tiles_of_expert) - 1)]  # [T, K, n]
-        used = tile_index < self.gate_up_proj.shape[0]
-        tile_weights = torch.where(used, top_k_weights.unsqueeze(-1), 0)  # [T, K, n]
-        bank = SimpleNamespace(
-            num_experts=self.gate_up_proj.shape[0],
-            gate_up_proj=self.gate_up_proj,
-            down_proj=self.down_proj.transpose(1, 2),  # [N, H, g], as stock experts store it
-            has_gate=True,
-            has_bias=False,
-            has_post_expert_norm=False,
-            is_transposed=False,
-            _apply_gate=self._apply_gate,
-            _is_expert_parallel=True,  # the stock kernels skip unused ids only then
-        )
-        return stock_forward(bank, hidden_states, tile_index.flatten(1), tile_weights.flatten(1))
 
-    return forward
+def batched_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Stock `batched_mm` on tiles: gathers the weights of every (token, tile), for short decoding steps."""
+    inputs = hidden_states, top_k_index, top_k_weights
+    return _run_on_tiles(self, batched_mm_experts_forward, *inputs, self.gate_up_proj, self.down_proj)
+
+
+def tiled_grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Stock `grouped_mm` on tiles."""
+    inputs = hidden_states, top_k_index, top_k_weights
+    # The kernel's backward leaves garbage in the rows of unused ids; a learnable activation would sum it up.
+    if any(True for _ in self.act_fn.parameters()):
+        return eager_forward(self, *inputs)
+    gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+    tile = down_proj.shape[1]
+    # The kernel wants strides in multiples of 16 bytes; zero neurons add nothing.
+    if missing := -tile % (16 // down_proj.element_size()):
+        gate_up_proj = F.pad(gate_up_proj.unflatten(1, (2, tile)), (0, 0, 0, missing)).flatten(1, 2)
+        down_proj = F.pad(down_proj, (0, 0, 0, missing))
+    return _run_on_tiles(self, grouped_mm_experts_forward, *inputs, gate_up_proj, down_proj)
 
 
 class HMoEExpertsInterface(ExpertsInterface):
@@ -299,8 +327,8 @@ class HMoEExpertsInterface(ExpertsInterface):
 
     _global_mapping = {
         "grouped_mm": grouped_mm_forward,
-        "batched_mm": _on_tiles(batched_mm_experts_forward),
-        "tiled_grouped_mm": _on_tiles(grouped_mm_experts_forward),
+        "batched_mm": batched_mm_forward,
+        "tiled_grouped_mm": tiled_grouped_mm_forward,
     }
 
 

@@ -1,10 +1,9 @@
 """Expert parallelism for experts of different sizes, on the engine of Transformers.
 
 The bank of tiles is cut into equal runs, one per rank. Where the experts' order puts whole experts (MoDSE's pairs)
-into every run, each rank holds whole experts and the same number of parameters; where it does not, an expert's tiles
-lie on two or more
-ranks, each computes its part, and the parts are added: exact for any sizes, at the price of sending the token to both.
-This file travels with every saved checkpoint.
+into every run, each rank holds whole experts and the same number of parameters; where it does not, the tiles of an
+expert lie on several ranks, each computes its part, and the parts are added: exact for any sizes, at the price of
+sending the token to all of them. This file travels with every saved checkpoint.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from transformers.distributed.parallel_utils import _AllReduceBackward, _AllRedu
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all of rows: `send_sizes[r]` rows go to rank r, `recv_sizes[r]` come from it; backward is the way
-    back."""
+    """All-to-all of rows: `send_sizes[r]` go to rank r, `recv_sizes[r]` come from it; backward is the way back."""
 
     @staticmethod
     def forward(ctx, rows, send_sizes, recv_sizes, group):

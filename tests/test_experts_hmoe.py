@@ -29,7 +29,7 @@ def uninitialised_memory_is_nan():
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes and routing of one layer; `routing`: random, first (all tokens on the first experts), top_p, or one_slot."""
+    """Shapes and routing of a layer; `routing`: random, first (all tokens on the first experts), top_p or one_slot."""
 
     sizes: list[int]
     tile: int | None = None
@@ -49,7 +49,7 @@ CASES = {
     "tile-smaller-than-gcd": Case([8, 16, 24], tile=2),
     "tile1": Case([3, 1, 5], tile=1),
     "one-expert": Case([24], tile=8, num_slots=1),
-    "64-experts": Case(expert_sizes("arithmetic", 64, total=1024), num_tokens=40, num_slots=4),
+    "64-experts": Case(expert_sizes("arithmetic", 64, total=1024, multiple_of=4), num_tokens=40, num_slots=4),
     "top1": Case([8, 16, 24], num_slots=1),
     "all-experts-active": Case([8, 16, 24], num_slots=3),
     "empty-first": Case([8, 16, 24, 8], idle=0),
@@ -130,7 +130,7 @@ def run_reference(experts: HMoEExperts, inputs: tuple[Tensor, Tensor, Tensor]) -
         gate = torch.cat([gate_up[i, :tile] for i in range(start, end)])  # [I, H]
         up = torch.cat([gate_up[i, tile:] for i in range(start, end)])  # [I, H]
         matrices.append((gate, up, torch.cat([down[i] for i in range(start, end)])))
-    output = torch.zeros_like(leaves["hidden_states"])
+    output = 0 * leaves["hidden_states"]
     for token, ids in enumerate(index.tolist()):
         for slot, expert in enumerate(ids):
             if expert < len(matrices):
@@ -206,7 +206,8 @@ def test_bf16_autocast_keeps_the_router_in_fp32_and_the_experts_near_fp32(backen
     assert torch.equal(autocast.pop("router_logits"), full.pop("router_logits"))
     assert {name: value.dtype for name, value in autocast.items()} == dict.fromkeys(autocast, torch.float32)
     assert_close(autocast, full, 2 * torch.finfo(torch.bfloat16).eps)
-    assert not torch.equal(autocast["output"], full["output"]), "autocast had no effect"
+    if backend != "tiled_grouped_mm":  # torch's grouped_mm knows no autocast: it stays in fp32
+        assert not torch.equal(autocast["output"], full["output"]), "autocast had no effect"
 
 
 @pytest.mark.parametrize("act", sorted(ACT2FN))
@@ -238,15 +239,13 @@ def test_gradcheck_of_the_fused_op(act: str):
 @pytest.mark.parametrize("saved", ["exact", "bounded", "nothing"])
 def test_opcheck_of_the_fused_op(saved: str):
     """Schema, fake kernel and autograd registration, as torch.compile and torch.export rely on them."""
-    case = CASES["top-p"]
+    case = CASES["all-experts-active"]  # fills the bound: what lies behind is not written, so it cannot be compared
     experts, (hidden_states, index, weights) = make_experts(case.sizes), make_inputs(case)
     bound = 2 * sum(case.sizes) * case.num_tokens
     tensors = [hidden_states, weights, experts.gate_up_proj, experts.down_proj]
     hidden_states, weights, *bank = (tensor.detach().requires_grad_(saved != "nothing") for tensor in tensors)
     numel = {"exact": -1, "bounded": bound, "nothing": 0}[saved]
-    torch.library.opcheck(
-        _gated_experts, (hidden_states, index, weights, *bank, experts.tile_offsets, "silu", numel)
-    )
+    torch.library.opcheck(_gated_experts, (hidden_states, index, weights, *bank, experts.tile_offsets, "silu", numel))
 
 
 @pytest.mark.parametrize("backend", EXPERTS_IMPLEMENTATIONS)
@@ -367,4 +366,12 @@ def test_grouped_mm_saves_less_for_backward_than_mixtral_and_no_gathered_tokens(
     gathered = num_tokens * num_slots, HIDDEN
     assert gathered in [tuple(tensor.shape) for tensor in saved_by_mixtral]
     assert gathered not in [tuple(tensor.shape) for tensor in saved]
-    print(num_bytes(saved), num_bytes(saved_by_mixtral))
+
+
+def test_second_derivatives_of_the_fused_op_are_refused_rather_than_wrong():
+    experts, (hidden_states, index, weights) = make_experts([8, 16, 24, 8]), make_inputs(CASES["top-p"])
+    experts.config._experts_implementation = "grouped_mm"
+    output = experts(hidden_states.requires_grad_(), index, weights)
+    (gradient,) = torch.autograd.grad(output.square().sum(), hidden_states, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(gradient.square().sum(), experts.down_proj)
