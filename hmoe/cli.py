@@ -1,7 +1,7 @@
 """The `hmoe` command: each subcommand is the `main` of a module, imported only when it is called.
 
-    hmoe train --config recipes/cpu/hmoe.yaml
-    hmoe convert moe mixtral-folder hmoe-folder
+hmoe train --config recipes/cpu/hmoe.yaml
+hmoe convert moe mixtral-folder hmoe-folder
 """
 
 from __future__ import annotations

@@ -424,6 +424,11 @@ class HMoEConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        if not config_dict:
+            # Transformers gives an empty dict for a folder that has no config.json.
+            raise ValueError(
+                "no config.json found, or it is empty: an HMoE checkpoint needs the one it was saved with"
+            )
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-ROUTER_PARAMETERS = ["mlp.gate.weight"]
+ROUTER_PARAMETERS = ["mlp.gate.weight", "mlp.gate.noise_weight"]  # the second exists in MoDSE routers only
 
 
 def lora_config(

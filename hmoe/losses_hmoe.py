@@ -147,6 +147,44 @@ def router_losses(
     return {name: value / len(router_logits) for name, value in sums.items()}
 
 
+def router_loss_share(
+    *,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    global_batch: bool = False,
+    **_,
+) -> Tensor | float:
+    """What the router losses of this micro-batch are multiplied by, to add up over accumulation steps and ranks.
+
+    `Trainer` divides a sum over labels by `num_items_in_batch`, the labels of all accumulation steps and ranks, so a
+    term that is already a mean must count by its share of those labels, or it grows with steps and ranks.
+
+    Args:
+        labels: [B, S]; `ignore_index` where nothing is predicted.
+        attention_mask: [B, S]; used with `global_batch`.
+        num_items_in_batch: None for a plain mean over this micro-batch.
+        global_batch: the losses were made with counts over all ranks; then a rank's probabilities count by its share
+            of the tokens, which makes the sum over ranks the loss of the concatenated batch exactly.
+    """
+    predicted = labels[..., 1:] if shift_labels is None else shift_labels
+    num_labels = (predicted != ignore_index).sum()
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(num_labels.device)
+    if global_batch and dist.is_available() and dist.is_initialized():
+        counted = torch.ones_like(labels) if attention_mask is None or attention_mask.dim() != 2 else attention_mask
+        counts = torch.stack([num_labels, counted.sum().to(num_labels.device)]).double()
+        total = counts.clone()
+        dist.all_reduce(total)
+        token_share = counts[1] / total[1].clamp(min=1)
+        # Without num_items_in_batch the ranks' losses are averaged, not added.
+        labels_share = dist.get_world_size() if num_items_in_batch is None else total[0] / num_items_in_batch
+        return (token_share * labels_share).float()
+    return 1.0 if num_items_in_batch is None else num_labels / num_items_in_batch
+
+
 def _token_mask(attention_mask: Tensor | None, logits: Tensor) -> Tensor | None:
     """The [T] mask of tokens that count, or None for all."""
     if attention_mask is None or attention_mask.dim() != 2:

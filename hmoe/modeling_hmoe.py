@@ -9,7 +9,7 @@ Letters in shapes: B batch, S sequence, T = B * S tokens, H hidden size, E exper
 
 from __future__ import annotations
 
-import os
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,13 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRotaryEmbedding,
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
-from transformers.utils import can_return_tuple
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hmoe import HMoEConfig
 from .experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
-from .losses_hmoe import router_losses
+from .losses_hmoe import router_loss_share, router_losses
 from .parallel_hmoe import EP_IMPLEMENTATION, check_tiles_divide
 
 
@@ -249,7 +249,14 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
         """As in Transformers, but a broken or incomplete checkpoint is refused rather than partly re-initialised.
 
         Raises:
@@ -257,19 +264,35 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
                 than the config says; a router holds NaN or infinite weights. The message names file or tensor and the
                 expectation.
         """
+        source = pretrained_model_name_or_path
+        if source is None:
+            source = "the given state_dict"
+        else:
+            source = Path(source, kwargs.get("subfolder") or "")
         try:
+            # Mismatches are let through to be named below: the error of Transformers names none of them.
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
             )
         except SafetensorError as error:
-            raise ValueError(_describe_broken_files(pretrained_model_name_or_path, error)) from error
-        _refuse_incomplete(model, info, pretrained_model_name_or_path)
+            raise ValueError(_describe_broken_files(source, error)) from error
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{source / SAFE_WEIGHTS_INDEX_NAME} is not valid JSON: {error}. Copy it again"
+            ) from error
+        _refuse_incomplete(model, info, source)
+        if not ignore_mismatched_sizes:
+            _refuse_mismatched(info, source)
         return (model, info) if output_loading_info else model
 
 
-def _describe_broken_files(folder: str | os.PathLike | None, error: Exception) -> str:
+def _describe_broken_files(folder: Path, error: Exception) -> str:
     broken = []
-    for path in sorted(Path(folder or "").glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -279,13 +302,25 @@ def _describe_broken_files(folder: str | os.PathLike | None, error: Exception) -
     return f"broken weights file, truncated or not safetensors: {files}. Download or copy it again"
 
 
-def _refuse_incomplete(model: HMoEPreTrainedModel, info: dict, source: str | os.PathLike | None) -> None:
+def _refuse_mismatched(info: dict, source: Path | str) -> None:
+    mismatched = [
+        f"`{name}` has shape {tuple(found)}, the config asks for {tuple(expected)}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+    if mismatched:
+        raise ValueError(
+            f"{source}: {len(mismatched)} tensors have another shape than the config says: {'; '.join(mismatched)}. "
+            "Use the config that the checkpoint was saved with, or ignore_mismatched_sizes=True to start them anew"
+        )
+
+
+def _refuse_incomplete(model: HMoEPreTrainedModel, info: dict, source: Path | str) -> None:
     prefix = f"{model.base_model_prefix}."
     # A new task head on a pretrained body is what fine-tuning starts from; a causal LM has no new head.
     needed = {
         name
         for name in info["missing_keys"]
-        if name.startswith(prefix) or type(model).__name__ in ("HMoEModel", "HMoEForCausalLM")
+        if name.startswith(prefix) or isinstance(model, (HMoEModel, HMoEForCausalLM))
     }
     if needed:
         unexpected = sorted(info["unexpected_keys"])
@@ -451,8 +486,13 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
             coefs = self.config.router_loss_coefs_by_field
             aux_loss = torch.stack([coefs[f"{name}_coef"] * value for name, value in terms.items()]).sum()
         if trains_router:
-            scale = self.config.router_aux_loss_coef * _label_share(labels, **kwargs)
-            loss = lm_loss + scale * aux_loss.to(lm_loss.device)
+            share = router_loss_share(
+                labels=labels,
+                attention_mask=attention_mask,
+                global_batch=self.config.router_loss_scope == "global_batch",
+                **kwargs,
+            )
+            loss = lm_loss + self.config.router_aux_loss_coef * share * aux_loss.to(lm_loss.device)
 
         return HMoECausalLMOutputWithPast(
             loss=loss,
@@ -466,22 +506,6 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
             lm_loss=lm_loss,
             **terms,
         )
-
-
-def _label_share(
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
-    **_,
-) -> Tensor | float:
-    """Labels predicted here over those of all accumulation steps and ranks; 1 if their number is not known."""
-    if num_items_in_batch is None:
-        return 1.0
-    predicted = labels[..., 1:] if shift_labels is None else shift_labels
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(predicted.device)
-    return (predicted != ignore_index).sum() / num_items_in_batch
 
 
 class HMoEForSequenceClassification(GenericForSequenceClassification, HMoEPreTrainedModel):

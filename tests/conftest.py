@@ -1,0 +1,38 @@
+"""Shared by all tests: a small config, and a fixed seed for everything random."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+
+from hmoe import HMoEConfig
+
+
+# The same examples on every run, and no time limit on any of them: CI machines are shared and slow.
+settings.register_profile("hmoe", deadline=None, derandomize=True)
+settings.load_profile("hmoe")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., HMoEConfig]:
+    """Makes the config of a model with two layers of four experts; `tiny_config(**overrides)` replaces fields."""
+
+    def make(**overrides) -> HMoEConfig:
+        fields = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "expert_intermediate_sizes": [8, 16, 24, 32],
+        }
+        return HMoEConfig(**{**fields, **overrides})
+
+    return make
