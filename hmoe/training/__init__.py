@@ -1,0 +1,1 @@
+"""Training from YAML recipes: `hmoe train`, or `accelerate launch -m hmoe.training`."""

@@ -1,0 +1,125 @@
+"""The model of a run: fresh from a preset or config, or a checkpoint, with or without LoRA adapters."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hmoe.configuration_hmoe import HMoEConfig
+
+from .options import LoraOptions, ModelOptions
+
+
+logger = logging.get_logger(__name__)
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def build_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None = None) -> Any:
+    """The config of the model.
+
+    A fresh one takes its special tokens from the tokenizer and, if neither preset nor `model_config` name it, its
+    vocabulary size.
+
+    Raises:
+        ValueError: for an unknown preset, model type or field, or a vocabulary smaller than the tokenizer's.
+    """
+    fields = dict(options.model_config or {})  # type: ignore[arg-type]
+    if options.model_name_or_path is not None:
+        config = _checkpoint_config(options, fields)
+    else:
+        if tokenizer is not None:
+            for name in SPECIAL_TOKENS:
+                fields.setdefault(name, getattr(tokenizer, name))
+        if options.preset is not None:
+            _check_fields(HMoEConfig, fields, options.preset)
+            config = HMoEConfig.from_preset(options.preset, **fields)
+        else:
+            if tokenizer is not None:
+                fields.setdefault("vocab_size", len(tokenizer))
+            config = _typed_config(str(options.model_type), fields)
+    if tokenizer is not None and config.get_text_config().vocab_size < len(tokenizer):
+        raise ValueError(
+            f"`vocab_size`={config.get_text_config().vocab_size} of the model is less than the {len(tokenizer)} "
+            f"tokens of the tokenizer: set `model_config.vocab_size` to {len(tokenizer)} or more, or take a smaller "
+            "tokenizer"
+        )
+    return config
+
+
+def _checkpoint_config(options: ModelOptions, fields: dict[str, Any]) -> Any:
+    name = str(options.model_name_or_path)
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or Path(name).exists()):
+        raise ValueError(f"`model_name_or_path`={name!r} is not a folder (from {Path.cwd()})")
+    return AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code, **fields)
+
+
+def _typed_config(model_type: str, fields: dict[str, Any]) -> Any:
+    if model_type not in CONFIG_MAPPING:
+        nearest = get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1, cutoff=0.5)
+        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"`model_type`={model_type!r} is unknown to Transformers{hint}")
+    _check_fields(CONFIG_MAPPING[model_type], fields, model_type)
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def _check_fields(config_class: Any, fields: dict[str, Any], of: str) -> None:
+    """Configs take any keyword, so that a misspelt one would silently do nothing."""
+    if config_class is HMoEConfig and "num_experts" in fields:
+        return  # the config says what replaces it
+    known = {*config_class.__dataclass_fields__, *config_class.attribute_map}
+    for name in fields:
+        if name not in known and not hasattr(config_class, name):
+            nearest = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f", did you mean `{nearest[0]}`?" if nearest else ""
+            raise ValueError(f"`model_config`: {of} has no field `{name}`{hint}")
+
+
+def build_model(options: ModelOptions, config: Any) -> Any:
+    """The causal language model, with the weights of the checkpoint if there is one."""
+    settings: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "dtype": options.dtype or "float32"}
+    for name in ("attn_implementation", "experts_implementation"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    if options.model_name_or_path is not None:
+        return AutoModelForCausalLM.from_pretrained(options.model_name_or_path, config=config, **settings)
+    if settings["dtype"] == "auto":
+        del settings["dtype"]
+    return AutoModelForCausalLM.from_config(config, **settings)
+
+
+def add_lora(model: Any, options: LoraOptions) -> Any:
+    """The model frozen, with LoRA adapters to train.
+
+    Raises:
+        ValueError: if PEFT is missing, or the options name nothing to adapt.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ValueError("`lora` needs PEFT: pip install 'hmoe[peft]'") from None
+
+    if model.config.model_type == HMoEConfig.model_type:
+        from hmoe.lora import lora_config
+
+        config = lora_config(
+            options.lora_r,
+            attention=options.lora_attention,
+            experts=options.lora_experts,
+            router=options.lora_router,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+        )
+    else:
+        config = LoraConfig(
+            r=options.lora_r,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    return get_peft_model(model, config)

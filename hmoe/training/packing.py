@@ -1,0 +1,209 @@
+"""Documents packed end to end into sequences of one length: from tokenized data on disk, or from a stream."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, islice
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers.data.data_collator import default_data_collator
+
+
+IGNORE = -100
+STREAM_BATCH = 64
+
+
+def make_sequence(ids: NDArray, starts: NDArray | None = None) -> dict[str, Tensor]:
+    """Model inputs of one sequence.
+
+    Args:
+        ids: [S].
+        starts: where documents start in it, ascending. If given, positions count from each start, from which
+            Transformers derives attention that does not cross documents, and a first token is not predicted.
+
+    Returns:
+        `input_ids` and `labels` [S], and with `starts` `position_ids` [S].
+    """
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    if starts is None:
+        return {"input_ids": tokens, "labels": tokens.clone()}
+    first = np.zeros(len(ids), dtype=np.int64)
+    first[starts] = starts
+    positions = torch.arange(len(ids)) - torch.from_numpy(np.maximum.accumulate(first))
+    return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, IGNORE), "position_ids": positions}
+
+
+class PackedDataset(Dataset):
+    """Sequence i is tokens i * length .. (i + 1) * length of all documents one after another.
+
+    Reads slices of the memory-mapped Arrow column `input_ids`, so nothing is copied or kept in memory. The tokens
+    after the last whole sequence are left out.
+
+    Args:
+        tokenized: a `datasets.Dataset` with a column `input_ids` of lists of integers.
+        within: mark the documents, so that attention stays within them.
+    """
+
+    def __init__(self, tokenized: datasets.Dataset, length: int, *, within: bool = False):
+        self.tokenized = tokenized
+        self.length = length
+        self.within = within
+        self._chunks: list[tuple[NDArray, NDArray]] | None = None
+        self.num_tokens = sum(int(offsets[-1] - offsets[0]) for _, offsets in self.chunks)
+
+    @property
+    def chunks(self) -> list[tuple[NDArray, NDArray]]:
+        """Per chunk of the Arrow column: its tokens, and the offsets of its documents."""
+        if self._chunks is None:
+            column = self.tokenized.with_format("arrow").data.column("input_ids")
+            self._chunks = [
+                (chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy(zero_copy_only=False))
+                for chunk in column.chunks
+                if len(chunk)
+            ]
+            sizes = (int(offsets[-1] - offsets[0]) for _, offsets in self._chunks)
+            self._ends = list(accumulate(sizes))
+        return self._chunks
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chunks": None}
+
+    def __len__(self) -> int:
+        return self.num_tokens // self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        begin = (index % len(self)) * self.length
+        end = begin + self.length
+        chunks, tokens, starts = self.chunks, [], [np.zeros(1, dtype=np.int64)]
+        number, taken = bisect_right(self._ends, begin), 0
+        while taken < self.length:
+            values, offsets = chunks[number]
+            first = int(offsets[0]) + begin + taken - (self._ends[number - 1] if number else 0)
+            last = min(first + self.length - taken, int(offsets[-1]))
+            tokens.append(values[first:last])
+            if self.within:
+                inside = offsets[np.searchsorted(offsets, first) : np.searchsorted(offsets, last)]
+                starts.append(inside.astype(np.int64) - first + taken)
+            taken += last - first
+            number += 1
+        assert begin + taken == end
+        return make_sequence(np.concatenate(tokens), np.concatenate(starts) if self.within else None)
+
+
+class MixedDataset(Dataset):
+    """Several data sets as one, in given shares.
+
+    Without weights every item stands once. With weights each data set has its share of the items, and every item
+    stands at least once: the one that is largest for its weight is read once, the others are repeated.
+    """
+
+    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float] | None = None):
+        self.parts = list(parts)
+        sizes = [len(part) for part in self.parts]  # type: ignore[arg-type]
+        if weights is not None:
+            total = max(size * sum(weights) / weight for size, weight in zip(sizes, weights))
+            sizes = [round(total * weight / sum(weights)) for weight in weights]
+        self.ends = list(accumulate(sizes))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        index %= len(self)
+        part = bisect_right(self.ends, index)
+        offset = index - (self.ends[part - 1] if part else 0)
+        return self.parts[part][offset % len(self.parts[part])]  # type: ignore[arg-type]
+
+
+class PackedStream(IterableDataset):
+    """Sequences from streamed documents, without end: each pass over a source shuffles it anew.
+
+    The order depends on `seed` alone, so that a resumed run finds its place by skipping what it has read.
+
+    Args:
+        sources: `datasets.IterableDataset`s of raw rows, already shuffled with a seed.
+        weights: how often a sequence comes from each source.
+        encode: documents of token ids from some raw rows of one source, given its number.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Any],
+        weights: Sequence[float],
+        encode: Callable[[int, list[dict[str, Any]]], Iterable[NDArray]],
+        length: int,
+        *,
+        within: bool = False,
+        seed: int = 0,
+    ):
+        self.sources = list(sources)
+        self.weights = np.asarray(weights, dtype=np.float64) / sum(weights)
+        self.encode = encode
+        self.length = length
+        self.within = within
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        choose = np.random.default_rng([self.seed, worker.id if worker else 0])
+        streams = [self._sequences(self._documents(number)) for number in range(len(self.sources))]
+        while True:
+            sequence = next(streams[choose.choice(len(streams), p=self.weights)], None)
+            if sequence is None:
+                return
+            yield sequence
+
+    def first_pass(self) -> Iterator[dict[str, Tensor]]:
+        """The sequences of one pass over the sources, one source after another."""
+        for number in range(len(self.sources)):
+            yield from self._sequences(self._documents(number, passes=1))
+
+    def _documents(self, number: int, passes: int | None = None) -> Iterator[NDArray]:
+        epoch = 0
+        while passes is None or epoch < passes:
+            self.sources[number].set_epoch(epoch)
+            rows, found = iter(self.sources[number]), False
+            while batch := list(islice(rows, STREAM_BATCH)):
+                for document in self.encode(number, batch):
+                    found = True
+                    yield document
+            if not found:
+                if get_worker_info() is None:
+                    raise ValueError("a streamed source holds no document: all are empty or held out")
+                return  # more loader workers than shards
+            epoch += 1
+
+    def _sequences(self, documents: Iterable[NDArray]) -> Iterator[dict[str, Tensor]]:
+        waiting: list[NDArray] = []
+        size = 0
+        for document in documents:
+            waiting.append(document)
+            size += len(document)
+            if size < self.length:
+                continue
+            tokens = np.concatenate(waiting)
+            starts = np.cumsum([0, *map(len, waiting)])
+            begin = 0
+            while size - begin >= self.length:
+                inside = starts[np.searchsorted(starts, begin) : np.searchsorted(starts, begin + self.length)] - begin
+                marks = np.union1d(inside, [0]) if self.within else None
+                yield make_sequence(tokens[begin : begin + self.length], marks)
+                begin += self.length
+            waiting, size = [tokens[begin:]], size - begin
+
+
+def flatten_batch(sequences: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One row [1, B * S] from B sequences with `position_ids`: the form from which FlashAttention tells documents."""
+    batch = default_data_collator(sequences)
+    return {name: values.reshape(1, -1) for name, values in batch.items()}

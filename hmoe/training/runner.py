@@ -1,0 +1,189 @@
+"""One training run, from parsed arguments to the saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import set_seed
+
+from .arguments import Arguments
+from .budget import BudgetCallback, steps_for_budget, tokens_per_step
+from .card import push_folder, write_model_card
+from .data import build_data
+from .flops import ForwardFlops, forward_flops
+from .model import add_lora, build_config, build_model
+from .tokenizer import build_tokenizer
+from .trainer import HMoETrainer
+
+
+class Run:
+    """One training run; making it reads the data and builds model and trainer, [`train`] does the rest.
+
+    Raises:
+        ValueError: if the arguments, the data or the model they name cannot be used.
+    """
+
+    def __init__(self, arguments: Arguments):
+        self.arguments = arguments
+        args = arguments.training
+        self.output_dir = Path(str(args.output_dir))
+        resuming = self._is_resuming()
+        set_seed(args.seed)
+        with args.main_process_first(desc="tokenizer"):
+            self.tokenizer = build_tokenizer(
+                arguments.tokenizer, arguments.model, arguments.data, self.output_dir, resuming=resuming
+            )
+        config = build_config(arguments.model, self.tokenizer)
+        self.length = self._sequence_length(config)
+        with args.main_process_first(desc="data"):
+            self.data = build_data(
+                arguments.data,
+                self.tokenizer,
+                self.length,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                flatten=str(arguments.model.attn_implementation).startswith("flash"),
+            )
+        self._check_evaluation()
+        # The initial weights are those of the seed, whatever was drawn for the data.
+        set_seed(args.seed)
+        model = build_model(arguments.model, config)
+        if arguments.lora.lora:
+            model = add_lora(model, arguments.lora)
+        self._plan_steps(forward_flops(model, args.flops_convention))
+        self.trainer = HMoETrainer(
+            model=model,
+            args=args,
+            data_collator=self.data.collate,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.validation,
+            processing_class=self.tokenizer,
+            callbacks=self._budgets(model),
+        )
+
+    def _is_resuming(self) -> bool:
+        args = self.arguments.training
+        checkpoints = sorted(self.output_dir.glob("checkpoint-*"))
+        if args.resume == "never" and checkpoints:
+            raise ValueError(
+                f"`resume`='never', but `output_dir`={args.output_dir!r} holds {len(checkpoints)} checkpoints of "
+                "another run: name another folder, or remove them"
+            )
+        if args.resume not in ("auto", "never") and not Path(args.resume).is_dir():
+            raise ValueError(f"`resume`={args.resume!r} is no checkpoint folder: give one, 'auto' or 'never'")
+        return args.resume != "never" and bool(checkpoints)
+
+    def _sequence_length(self, config: Any) -> int:
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        length = self.arguments.data.sequence_length or longest
+        if length is None:
+            raise ValueError("give `sequence_length`: the config of this model names no `max_position_embeddings`")
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"`sequence_length`={length} is more than the model's `max_position_embeddings`={longest}: lower it, "
+                f"or raise `model_config.max_position_embeddings`"
+            )
+        return length
+
+    def _check_evaluation(self) -> None:
+        strategy = self.arguments.training.eval_strategy
+        if strategy != "no" and self.data.validation is None:
+            raise ValueError(
+                f"`eval_strategy`={getattr(strategy, 'value', strategy)!r} but there are no validation data: give "
+                "`validation_fraction` or `validation_dataset`"
+            )
+
+    def _plan_steps(self, flops: ForwardFlops) -> None:
+        """Sets `max_steps` from the budgets; conversations vary in length, so there the callback alone counts."""
+        args = self.arguments.training
+        if self.arguments.data.task == "pretrain":
+            args.max_steps = steps_for_budget(
+                flops,
+                max_steps=args.max_steps,
+                max_tokens=args.max_train_tokens,
+                max_flops=args.max_train_flops,
+                tokens_per_step=tokens_per_step(args, self.length),
+                length=self.length,
+            )
+        if self.arguments.data.streaming and args.max_steps < 1:
+            raise ValueError(
+                "`streaming` data have no end: give a budget with `max_steps`, `max_train_tokens` or `max_train_flops`"
+            )
+
+    def _budgets(self, model: Any) -> list[Any]:
+        args = self.arguments.training
+        if args.max_train_tokens is None and args.max_train_flops is None:
+            return []
+        return [
+            BudgetCallback(
+                model,
+                max_tokens=args.max_train_tokens,
+                max_flops=args.max_train_flops,
+                convention=args.flops_convention,
+            )
+        ]
+
+    def train(self) -> dict[str, float]:
+        """Trains, evaluates, saves model, tokenizer, metrics and card; returns the metrics."""
+        trainer, args = self.trainer, self.arguments.training
+        self._save_recipe()
+        output = trainer.train(resume_from_checkpoint=None if args.resume == "never" else args.resume)
+        metrics = dict(output.metrics)
+        if self.data.validation is not None:
+            metrics |= trainer.evaluate()
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("all", metrics)
+        self._publish(metrics)
+        if self.arguments.lora.lora and self.arguments.lora.lora_merge:
+            self._save_merged()
+        return metrics
+
+    def _save_recipe(self) -> None:
+        """What was set, in OUTPUT_DIR/recipe.yaml: the run can be repeated from it."""
+        if self.trainer.is_world_process_zero():
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            path = self.output_dir / "recipe.yaml"
+            path.write_text(yaml.safe_dump(self.arguments.recipe, sort_keys=False), encoding="utf-8")
+
+    def _save_merged(self) -> None:
+        """The model with its adapters merged, as a checkpoint of its own; uses up the model of the trainer."""
+        if self.trainer.is_world_process_zero():
+            folder = self.output_dir / "merged"
+            merged = self.trainer.accelerator.unwrap_model(self.trainer.model).merge_and_unload()
+            merged.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    def _publish(self, metrics: dict[str, float]) -> None:
+        """The model card, from what the run measured, and the final folder to the Hub with `push_to_hub`."""
+        trainer, args = self.trainer, self.arguments.training
+        if not trainer.is_world_process_zero():
+            return
+        write_model_card(trainer.model, self.tokenizer, args, self.output_dir, self._run_info(metrics))
+        if args.push_to_hub:
+            push_folder(
+                self.output_dir,
+                args.hub_model_id or self.output_dir.resolve().name,
+                token=args.hub_token,
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+            )
+
+    def _run_info(self, metrics: dict[str, float]) -> dict[str, Any]:
+        state, window = self.trainer.state, self.trainer.router_window
+        base = self.arguments.model.model_name_or_path
+        return {
+            "steps": state.global_step,
+            "tokens": state.num_input_tokens_seen,
+            "flops": state.total_flos,
+            "seconds": metrics.get("train_runtime"),
+            "processes": self.arguments.training.world_size,
+            "losses": window.mean_losses() if window else {},
+            "load": window.load() if window else None,
+            "evaluation": {name: metrics[name] for name in ("eval_loss", "eval_perplexity") if name in metrics},
+            "data": [part.sentence() for part in self.data.parts],
+            "datasets": [part.source.path for part in self.data.parts if part.source.is_on_hub],
+            "recipe": self.arguments.recipe,
+            "base_model": base,
+        }
