@@ -4,6 +4,7 @@ Everything here is arithmetic on a config; no tensor is made. Papers: HMoE (arXi
 2409.12210). This file travels with every saved checkpoint, so it imports only the standard library and transformers.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 CONFIG_FORMAT_VERSION = 1
@@ -71,7 +72,7 @@ def expert_sizes(
             raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
     if spread is not None and strategy not in ("arithmetic", "geometric"):
         raise ValueError(f"`spread` applies to 'arithmetic' and 'geometric' sizes, not to {strategy!r}")
-    if spread is not None and not 1 <= spread < math.inf:
+    if spread is not None and (not _is_number(spread) or not 1 <= spread < math.inf):
         raise ValueError(f"`spread` (largest / smallest size) must be a finite number of at least 1, got {spread!r}")
     if total % multiple_of:
         raise ValueError(
@@ -94,10 +95,10 @@ def _size_ratios(strategy: str, num_experts: int, spread: float | None) -> list[
     steps = max(num_experts - 1, 1)
     if strategy == "arithmetic":
         spread = 23 / 9 if spread is None else spread
-        return [1 + (spread - 1) * i / steps for i in range(num_experts)]
+        return [1 / spread + (1 - 1 / spread) * i / steps for i in range(num_experts)]
     if strategy == "geometric":
         log_spread = math.log(2) * steps if spread is None else math.log(spread)
-        return [math.exp(log_spread * i / steps) for i in range(num_experts)]
+        return [math.exp(log_spread * (i / steps - 1)) for i in range(num_experts)]  # the largest is 1: no overflow
     if strategy == "hybrid":
         if num_experts % 4:
             raise ValueError(
@@ -261,20 +262,27 @@ class HMoEConfig(PreTrainedConfig):
         self._refuse_unknown_fields(kwargs)
         if self.expert_intermediate_sizes is None:
             self.expert_intermediate_sizes = expert_sizes("arithmetic", 8, total=12288)
+        # The caller's list, a preset's included, stays its own.
+        self.expert_intermediate_sizes = copy.deepcopy(self.expert_intermediate_sizes)
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self.check()
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id`={self.pad_token_id} is outside the vocabulary of `vocab_size`={self.vocab_size}: "
+                "raise `vocab_size`, or use an id below it"
+            )
+
+    def check(self) -> None:
+        """Raises ValueError, with field, value and remedy, if any field cannot be; also after later assignments."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_architecture()
+        self._check_rope()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.expert_tile_size is None:
             self.expert_tile_size = math.gcd(*(size for sizes in self.layer_expert_sizes for size in sizes))
-        super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)
-        self.check()
-
-    def check(self) -> None:
-        """Raises ValueError, with field, value and remedy, if any field cannot be; also after later assignments."""
-        self._check_architecture()
         self._check_experts()
         self._check_routing()
         self._check_losses()
@@ -283,12 +291,21 @@ class HMoEConfig(PreTrainedConfig):
     def validate_hmoe(self):
         self.check()
 
-    def _refuse_unknown_fields(self, kwargs: dict[str, Any]) -> None:
-        fields = list(type(self).__dataclass_fields__)
+    def validate_rope(self):
+        try:
+            super().validate_rope()
+        except KeyError as error:  # a required key is missing
+            raise ValueError(f"`rope_parameters`={self.rope_parameters!r}: {error.args[0]}") from error
+
+    @classmethod
+    def _refuse_unknown_fields(cls, kwargs: dict[str, Any]) -> None:
+        fields = list(cls.__dataclass_fields__)
         for name in kwargs:
             if name in _FOREIGN_FIELDS:
                 raise ValueError(f"HMoEConfig has no `{name}` (got {kwargs[name]!r}): {_FOREIGN_FIELDS[name]}")
-            if name.startswith("_") or hasattr(type(self), name):
+            if isinstance(vars(cls).get(name), property):
+                raise ValueError(f"`{name}` (got {kwargs[name]!r}) follows from other fields of HMoEConfig: set those")
+            if name.startswith("_") or hasattr(cls, name):
                 continue
             if nearest := get_close_matches(name, fields, n=1, cutoff=0.8):
                 raise ValueError(f"HMoEConfig has no `{name}` (got {kwargs[name]!r}): did you mean `{nearest[0]}`?")
@@ -321,6 +338,15 @@ class HMoEConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)!r}")
         self._check_sizes()
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        if not isinstance(rope, dict) or not {"rope_type", "rope_theta"} <= rope.keys():
+            raise ValueError(f"`rope_parameters` needs `rope_type` and `rope_theta`, got {rope!r}")
+        _check_choice("rope_parameters['rope_type']", rope["rope_type"], ("default", *ROPE_INIT_FUNCTIONS))
+        for name in ("rope_theta", "factor"):
+            if name in rope and not (_is_number(rope[name]) and 0 < rope[name] < math.inf):
+                raise ValueError(f"`rope_parameters['{name}']` must be a positive number, got {rope[name]!r}")
 
     def _check_sizes(self) -> None:
         sizes = self.expert_intermediate_sizes
@@ -437,6 +463,7 @@ class HMoEConfig(PreTrainedConfig):
             )
         # Overrides join before construction, so that they are checked together with the rest.
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
+        cls._refuse_unknown_fields(kwargs)
         if overrides.get("dtype") == "auto":
             del overrides["dtype"]
         return super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -447,9 +474,13 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"`{name}` must be at least 1, got {value!r}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        nearest = get_close_matches(value, choices, n=1, cutoff=0.5)
+        nearest = get_close_matches(str(value), choices, n=1, cutoff=0.5)
         hint = f", did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}{hint}")
 
