@@ -40,9 +40,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .compat_hmoe import RouterLogits, weighted_router_losses
 from .configuration_hmoe import HMoEConfig
 from .experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
-from .losses_hmoe import router_loss_share, router_losses
+from .losses_hmoe import router_loss_share
 from .parallel_hmoe import EP_IMPLEMENTATION, check_tiles_divide
 
 
@@ -413,7 +414,7 @@ class HMoEModel(HMoEPreTrainedModel):
         return HMoEModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
-            router_logits=router_logits or None,
+            router_logits=RouterLogits.of(router_logits, router_index, self.config) if output_router_logits else None,
             router_index=router_index or None,
         )
 
@@ -474,17 +475,8 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
         if labels is not None:
             lm_loss = loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if output_router_logits or trains_router:
-            terms = router_losses(
-                router_logits=outputs.router_logits,
-                router_index=outputs.router_index,
-                expert_sizes=self.config.layer_expert_sizes,
-                attention_mask=attention_mask,
-                load_balancing_counts=self.config.load_balancing_counts,
-                parameter_penalty_normalizer=self.config.parameter_penalty_normalizer,
-                global_batch=trains_router and self.config.router_loss_scope == "global_batch",
-            )
-            coefs = self.config.router_loss_coefs_by_field
-            aux_loss = torch.stack([coefs[f"{name}_coef"] * value for name, value in terms.items()]).sum()
+            global_batch = trains_router and self.config.router_loss_scope == "global_batch"
+            aux_loss, terms = weighted_router_losses(outputs.router_logits, attention_mask, global_batch=global_batch)
         if trains_router:
             share = router_loss_share(
                 labels=labels,

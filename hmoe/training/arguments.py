@@ -44,6 +44,13 @@ class HMoETrainingArguments(RunOptions, TrainingArguments):
         if self.resume_from_checkpoint:
             self.resume = self.resume_from_checkpoint
         super().__post_init__()
+        self._check_schedule()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """`training_args.bin` of every checkpoint is a pickle of this: it must not hold the token."""
+        return {**self.__dict__, "hub_token": None}
+
+    def _check_schedule(self) -> None:
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if self.max_train_flops and not self._has_length and schedule not in OPEN_SCHEDULES:
             raise ValueError(

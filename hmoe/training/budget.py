@@ -53,6 +53,11 @@ class BudgetCallback(TrainerCallback, ExportableState):
             self._tokens += tokens
             self._flops += flops
 
+    def _is_spent(self) -> bool:
+        if self.max_flops is not None and self.flops >= self.max_flops:
+            return True
+        return self.max_tokens is not None and self.tokens >= self.max_tokens
+
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"tokens": self.tokens, "flops": self.flops}}
 
@@ -61,18 +66,15 @@ class BudgetCallback(TrainerCallback, ExportableState):
         self._tokens, self._flops = saved["attributes"]["tokens"], saved["attributes"]["flops"]
         self._pending = None
         self.meter.take()
+        # A run that ended on its budget has nothing left to do when it is started again.
+        control.should_training_stop = self._is_spent()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         from accelerate.utils import reduce
 
         step = reduce(self.meter.take(args.device), reduction="sum")
         self._pending = step if self._pending is None else self._pending + step
-        # Reading the counts waits for the device: only a budget needs them at every step.
-        if self.max_tokens is None and self.max_flops is None and state.global_step % 100:
-            return
-        self._settle()
-        spent = self.max_flops is not None and self._flops >= self.max_flops
-        if spent or (self.max_tokens is not None and self._tokens >= self.max_tokens):
+        if self._is_spent():
             control.should_training_stop = True
             control.should_log = True
             control.should_save = control.should_save or args.save_strategy == "steps"

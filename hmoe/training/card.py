@@ -23,7 +23,17 @@ from .checkpointing import STAGING_PREFIX
 
 CARD = "README.md"
 # What a folder of a run holds besides the model.
-NOT_PUBLISHED = ["checkpoint-*", f"{STAGING_PREFIX}*", "_*"]
+# Recipe and tokenizer notes name local paths, the pickled arguments may hold a token; the card has a clean recipe.
+NOT_PUBLISHED = [
+    "checkpoint-*",
+    f"{STAGING_PREFIX}*",
+    "_*",
+    "tokenizer/*",
+    "merged/*",
+    "runs/*",
+    "recipe.yaml",
+    "training_args.bin",
+]
 _SPEEDS = ("_runtime", "_per_second", "_preparation_time")
 _SECRETS = ("hub_token", "push_to_hub_token", "token")
 

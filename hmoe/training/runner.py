@@ -132,7 +132,7 @@ class Run:
         metrics = dict(output.metrics)
         if self.data.validation is not None:
             metrics |= trainer.evaluate()
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # otherwise it pushes too, before there is a card
         trainer.save_state()
         trainer.save_metrics("all", metrics)
         self._publish(metrics)

@@ -137,12 +137,16 @@ def test_a_token_budget_sets_the_steps(corpus, tmp_path):
 def test_a_flops_budget_stops_the_run_at_its_step(trained, corpus, tmp_path):
     spent = json.loads((trained / "trainer_state.json").read_text())["total_flos"]
     words = command(corpus, tmp_path, HMOE, "--max_steps", "-1", "--max_train_flops", str(spent / 2))
-    assert main([*words, "--lr_scheduler_type", "constant", "--save_steps", "100"]) == 0
+    words += ["--lr_scheduler_type", "constant", "--save_steps", "100"]
+    assert main(words) == 0
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     steps, flops = state["global_step"], state["total_flos"]
     assert steps <= state["max_steps"]
     assert flops * (1 - 1 / steps) * 0.95 < spent / 2 <= flops
     assert (tmp_path / f"checkpoint-{state['global_step']}").is_dir()
+    # Started again, a run whose budget is spent takes no further step.
+    assert main(words) == 0
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == steps
 
 
 @pytest.fixture(scope="session")

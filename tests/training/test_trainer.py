@@ -1,10 +1,7 @@
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import crash_runs
 import pytest
 import torch
 from datasets import Dataset
@@ -237,18 +234,6 @@ def test_a_batch_without_labels_to_predict_counts_nothing():
     assert math.isfinite(metrics.collect(lambda tensor: tensor).mean_losses()["lm_loss"])
 
 
-RANKS = """
-import json, sys
-import torch.distributed as dist
-from test_trainer import run_padded
-
-result = run_padded(sys.argv[1], accumulation=1, ddp_backend="gloo")
-if dist.get_rank() == 0:
-    print("RESULT " + json.dumps(result))
-dist.destroy_process_group()
-"""
-
-
 def run_padded(folder, accumulation, **arguments):
     """Two steps on padded rows, then nine rows to evaluate."""
     trainer = tiny_trainer(
@@ -264,24 +249,19 @@ def run_padded(folder, accumulation, **arguments):
     return {"logs": training_logs(trainer), "eval": metrics["eval_loss"], "load": trainer.router_window.load()}
 
 
-def run_two_ranks(folder):
-    script = folder / "ranks.py"
-    script.write_text(RANKS)
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder / "two"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    (line,) = (line for line in process.stdout.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
+def write_padded(folder, path, **arguments):
+    result = run_padded(folder, accumulation=1, **arguments)
+    if torch.distributed.get_rank() == 0:
+        path.write_text(json.dumps(result))
 
 
 def test_two_ranks_log_what_one_process_logs_on_the_same_global_batch(tmp_path):
     """Nine rows to evaluate make the last batch of the ranks incomplete; no row may count twice."""
-    one, two = run_padded(tmp_path / "one", accumulation=2), run_two_ranks(tmp_path)
+    path = tmp_path / "two.json"
+    processes = crash_runs.start(write_padded, tmp_path / "two", path, ranks=2, ddp_backend="gloo")
+    one = run_padded(tmp_path / "one", accumulation=2)
+    assert crash_runs.finish(processes) == 0
+    two = json.loads(path.read_text())
     assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
     for name in ("lm_loss", "tokens_seen", "train_flops", "experts_per_token", "activated_parameters"):
         values = [[log[name] for log in result["logs"]] for result in (one, two)]
