@@ -1,0 +1,8 @@
+"""`python -m hmoe.conversion` is `hmoe convert`."""
+
+import sys
+
+from .run import main
+
+
+sys.exit(main())

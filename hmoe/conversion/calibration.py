@@ -1,0 +1,76 @@
+"""What the layers of a model see on calibration text, with one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig
+
+from .check import encode
+from .checkpoint import CheckpointReader
+
+
+SEQUENCE_LENGTH = 256
+
+# on_layer(layer index, the layer with its weights, input of its FFN [T, H])
+OnLayer = Callable[[int, nn.Module, Tensor], None]
+
+
+def calibration_tokens(source: Path, text_file: str, num_tokens: int) -> Tensor:
+    """Token ids [B, S] of the beginning of `text_file`.
+
+    Raises:
+        ValueError: no tokenizer, or too little text.
+    """
+    text = Path(text_file).read_text(encoding="utf-8")
+    tokens = encode(source, text[: 16 * num_tokens])
+    if tokens is None:
+        raise ValueError(f"{source} holds no tokenizer, so {text_file} cannot be used for calibration")
+    length = min(SEQUENCE_LENGTH, num_tokens)
+    rows = min(num_tokens, len(tokens)) // length
+    if not rows:
+        raise ValueError(
+            f"{text_file} has {len(tokens)} tokens, calibration needs at least {length}: give a longer text"
+        )
+    return tokens[: rows * length].view(rows, length)
+
+
+@torch.no_grad()
+def run_layers(reader: CheckpointReader, config: PreTrainedConfig, tokens: Tensor, on_layer: OnLayer) -> None:
+    """Runs the decoder in fp32 on `tokens` [B, S] and calls `on_layer` for each layer; a layer's weights are loaded
+    when it runs and dropped after."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    model.rotary_emb = type(model.rotary_emb)(config)
+    model.norm = nn.Identity()
+    for index, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(_loader(reader, f"model.layers.{index}."))
+        layer.register_forward_hook(_unload)
+        layer.mlp.register_forward_hook(_reporter(on_layer, index, layer))
+    embedding = reader.tensor("model.embed_tokens.weight")
+    hidden_states = F.embedding(tokens, embedding).float()
+    del embedding
+    model(inputs_embeds=hidden_states, use_cache=False)
+
+
+def _loader(reader: CheckpointReader, prefix: str) -> Callable:
+    def load(layer: nn.Module, inputs: tuple) -> None:
+        state = {name: reader.tensor(prefix + name).float() for name in layer.state_dict()}
+        layer.load_state_dict(state, assign=True)
+
+    return load
+
+
+def _unload(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+    layer.to("meta")
+
+
+def _reporter(on_layer: OnLayer, index: int, layer: nn.Module) -> Callable:
+    def report(mlp: nn.Module, inputs: tuple, output: Tensor) -> None:
+        on_layer(index, layer, inputs[0].flatten(0, -2))
+
+    return report

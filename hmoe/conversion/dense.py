@@ -1,0 +1,359 @@
+"""Llama, Mistral, Qwen2 and Qwen3 to HMoE: the FFN's neurons split over experts, or copied into each.
+
+*split*: each neuron goes to one expert. With all experts active at equal gate weights the model is the dense one. Gate
+weights sum to 1, so at equal weights each of n active experts gets 1 / n; `down_proj` is scaled to make up for it
+(`output_scale`):
+- `"sum"`: by n, the number of active experts: each neuron that runs adds exactly what it adds in the dense FFN;
+- `"expected"`: by the number of all experts: the sum over a random choice of n experts is right on average.
+Both give the dense FFN when all experts are active.
+
+*upcycle*: each expert is a copy of the FFN's most important neurons, all of them if it is as wide. Gate weights sum
+to 1, so nothing is scaled: with Top-1 of a full-width expert, or with full-width experts only, the model is the dense
+one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..configuration_hmoe import HMoEConfig, count_parameters, expert_sizes
+from .calibration import calibration_tokens, run_layers
+from .check import ForcedRouting
+from .checkpoint import CheckpointReader, resolve_source
+from .families import (
+    DENSE_TYPES,
+    attention_names,
+    is_lossless,
+    load_source_config,
+    model_names,
+    named_dtype,
+    shared_fields,
+)
+from .job import Conversion, Options, Plan, execute
+from .layout import bank_tensors, cast
+from .neurons import (
+    cluster_neurons,
+    contributions,
+    deal_neurons,
+    default_multiple,
+    fitted_router,
+    random_router,
+    shuffle_neurons,
+    top_neurons,
+    weight_importance,
+)
+
+
+METHODS = ("split", "upcycle")
+NEURONS = {"split": ("random", "magnitude", "activation", "coactivation"), "upcycle": ("magnitude", "activation")}
+OUTPUT_SCALES = ("sum", "expected")
+ROUTERS = ("random", "fitted", "balanced")
+ROUTER_LOGIT_STD = 0.1
+
+
+@dataclass(frozen=True)
+class DenseSettings:
+    """How a dense FFN becomes experts.
+
+    Attributes:
+        method: `"split"` or `"upcycle"`.
+        sizes: neurons of each expert, for all layers or per layer; None makes them from the next four.
+        strategy, num_experts, total, multiple_of: arguments of [`expert_sizes`]. Default total: the dense width
+            (split), or as many as make the widest expert as wide as the FFN (upcycle).
+        num_experts_per_tok: Top-K.
+        neurons: what decides where a neuron goes. Split: `"random"`; `"magnitude"` of the weights or `"activation"`
+            on calibration text, dealt evenly; `"coactivation"`, clusters of neurons that fire together. Upcycle:
+            `"magnitude"` or `"activation"`, which keeps the most important.
+        output_scale: of a split, see above.
+        router: `"random"`; or, for a split, fitted to calibration text: `"fitted"` sends a token to the experts that
+            contribute most to its output, `"balanced"` to those that contribute more than they usually do, which
+            spreads tokens evenly and keeps less. Always, logits have standard deviation 0.1: gate weights start near
+            equal.
+        noise: upcycle: Gaussian noise on the copies, as a share of the standard deviation of each weight matrix.
+        reinit_share: upcycle: share of each expert's neurons drawn anew with the mean and standard deviation of the
+            dense weights (drop-upcycling, arXiv 2502.19261).
+        calibration_text, calibration_tokens: a text file and how much of it to use.
+    """
+
+    method: str = "split"
+    sizes: Sequence[int] | Sequence[Sequence[int]] | None = None
+    strategy: str = "arithmetic"
+    num_experts: int = 8
+    total: int | None = None
+    multiple_of: int | None = None
+    num_experts_per_tok: int = 2
+    neurons: str = "magnitude"
+    output_scale: str = "sum"
+    router: str = "random"
+    noise: float = 0.0
+    reinit_share: float = 0.0
+    calibration_text: str | None = None
+    calibration_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self):
+        _check_choice("method", self.method, METHODS)
+        _check_choice("neurons", self.neurons, NEURONS[self.method])
+        _check_choice("output_scale", self.output_scale, OUTPUT_SCALES)
+        _check_choice("router", self.router, ROUTERS if self.method == "split" else ("random",))
+        if self.method == "split" and (self.noise or self.reinit_share):
+            raise ValueError(
+                f"`noise`={self.noise} and `reinit_share`={self.reinit_share} are for `method`='upcycle': a split "
+                "uses each neuron once, there are no copies to tell apart"
+            )
+        if not 0 <= self.noise < math.inf or not 0 <= self.reinit_share <= 1:
+            raise ValueError(
+                f"`noise`={self.noise} must be finite and not negative, `reinit_share`={self.reinit_share} in [0, 1]"
+            )
+        if self.needs_calibration and self.calibration_text is None:
+            raise ValueError(
+                f"`neurons`={self.neurons!r} with `router`={self.router!r} needs `calibration_text`: give a text file"
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.neurons in ("activation", "coactivation") or self.router != "random"
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
+
+
+@dataclass
+class _LayerPlan:
+    """Neurons of each expert of a layer and, if it was fitted, its router."""
+
+    parts: list[Tensor]
+    router: Tensor | None = None
+
+
+def convert_dense(
+    source: str | Path, target: str | Path, settings: DenseSettings | None = None, options: Options | None = None
+) -> Conversion:
+    """A Llama, Mistral, Qwen2 or Qwen3 checkpoint as HMoE.
+
+    Raises:
+        CannotConvert: a config field that HMoE cannot express.
+        ValueError: sizes that do not fit the FFN, with the nearest that do.
+    """
+    settings, options = settings or DenseSettings(), options or Options()
+    folder = resolve_source(source)
+    config = load_source_config(folder, DENSE_TYPES, "dense")
+    reader = CheckpointReader(folder)
+    target_config = hmoe_config_of(config, settings)
+    dtype = named_dtype(options.dtype)
+    source_dtype = reader.dtype("model.embed_tokens.weight")
+    target_config.dtype = dtype or source_dtype
+    factor = down_scale(target_config, settings)
+    plan = Plan(
+        source=folder,
+        reader=reader,
+        config=target_config,
+        tensors=lambda: _tensors(reader, config, target_config, settings, dtype),
+        num_parameters=count_parameters(target_config).total,
+        exact=False,
+        forced=_neutral_routing(target_config, settings, config.intermediate_size)
+        if is_lossless(source_dtype, dtype, factor)
+        else None,
+        settings={"conversion": "dense", "source": str(source), "dtype": options.dtype, **asdict(settings)},
+    )
+    return execute(plan, str(source), target, options)
+
+
+def hmoe_config_of(config: PreTrainedConfig, settings: DenseSettings) -> HMoEConfig:
+    fields, _ = shared_fields(config)
+    sizes = choose_sizes(settings, config.intermediate_size)
+    rows = sizes if isinstance(sizes[0], list) else [sizes]
+    for row in rows:
+        _check_row(row, settings.method, config.intermediate_size)
+    # The papers' coefficients: balance for equal experts, the parameter penalty for unequal ones.
+    uniform = all(len(set(row)) == 1 for row in rows)
+    return HMoEConfig(
+        **fields,
+        expert_intermediate_sizes=sizes,
+        num_experts_per_tok=settings.num_experts_per_tok,
+        load_balancing_loss_coef=0.01 if uniform else 0.0,
+        parameter_penalty_loss_coef=0.0 if uniform else 0.1,
+    )
+
+
+def choose_sizes(settings: DenseSettings, width: int) -> list[Any]:
+    """Expert sizes for an FFN of `width` neurons, from the settings."""
+    if settings.sizes is not None:
+        return [row if isinstance(row, int) else list(row) for row in settings.sizes]
+    if settings.total is not None or settings.method == "split":
+        total = width if settings.total is None else settings.total
+        multiple_of = settings.multiple_of or default_multiple(total, settings.num_experts)
+        return expert_sizes(settings.strategy, settings.num_experts, total=total, multiple_of=multiple_of)
+    # As wide as possible while no expert is wider than the FFN.
+    multiple_of = settings.multiple_of or default_multiple(width, settings.num_experts)
+    step = multiple_of * (settings.num_experts // 2 or 1 if settings.strategy == "pairs" else 1)
+    for total in range(width * settings.num_experts // step * step, 0, -step):
+        sizes = expert_sizes(settings.strategy, settings.num_experts, total=total, multiple_of=multiple_of)
+        if max(sizes) <= width:
+            return sizes
+    raise AssertionError(settings)
+
+
+def _check_row(row: list[int], method: str, width: int) -> None:
+    if method == "split" and sum(row) != width:
+        raise ValueError(
+            f"`sizes`={row} sum to {sum(row)}, but the dense FFN has {width} neurons (`intermediate_size`) and a "
+            f"split uses each once: make them sum to {width}"
+        )
+    if max(row) > width:
+        raise ValueError(
+            f"`sizes`={row}: an expert of {max(row)} neurons is wider than the dense FFN of {width} "
+            f"(`intermediate_size`): use at most {width}, or widen it afterwards with `hmoe convert resize`"
+        )
+
+
+def down_scale(config: HMoEConfig, settings: DenseSettings) -> int:
+    """Factor on `down_proj` that makes up for gate weights of 1 / n; 1 for copies."""
+    if settings.method == "upcycle":
+        return 1
+    return config.num_experts_per_tok if settings.output_scale == "sum" else config.num_experts
+
+
+def _neutral_routing(config: HMoEConfig, settings: DenseSettings, width: int) -> ForcedRouting | None:
+    """The routing under which the converted model is the dense one; None if there is none."""
+    rows = config.layer_expert_sizes
+    if settings.method == "split":
+        weight = 1 / down_scale(config, settings)
+        return ForcedRouting([list(range(len(row))) for row in rows], weight, "all experts active, neutral gates")
+    if settings.noise or settings.reinit_share or any(max(row) < width for row in rows):
+        return None
+    return ForcedRouting([[row.index(width)] for row in rows], 1.0, "Top-1 of a full-width expert")
+
+
+def _tensors(
+    reader: CheckpointReader,
+    config: PreTrainedConfig,
+    target: HMoEConfig,
+    settings: DenseSettings,
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor]]:
+    _, attention = shared_fields(config)
+    calibrated = _calibrate(reader, config, target, settings) if settings.needs_calibration else None
+    factor = down_scale(target, settings)
+    for layer, sizes in enumerate(target.layer_expert_sizes):
+        yield from _attention_tensors(reader, target, layer, attention.projections_with_bias, dtype)
+        generator = _layer_generator(settings, layer)
+        weights = _ffn(reader, layer)
+        layer_plan = calibrated[layer] if calibrated else _plan_layer(settings, sizes, weights, generator)
+        router = layer_plan.router
+        if router is None:
+            norm_weight = reader.tensor(f"model.layers.{layer}.post_attention_layernorm.weight")
+            router = random_router(norm_weight, len(sizes), ROUTER_LOGIT_STD, generator)
+        yield f"model.layers.{layer}.mlp.gate.weight", router.to(target.dtype)
+        copies = _Copies(weights, layer_plan.parts, settings, generator, factor)
+        yield from bank_tensors(target, layer, copies.read, dtype)
+    for name in model_names(target):
+        yield name, cast(reader.tensor(name), dtype)
+
+
+def _attention_tensors(
+    reader: CheckpointReader, target: HMoEConfig, layer: int, biases: tuple[str, ...], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name in attention_names(target, layer, biases):
+        yield name, cast(reader.tensor(name), dtype)
+    if target.attention_bias and "o_proj" not in biases:
+        name = f"model.layers.{layer}.self_attn.o_proj.bias"
+        yield name, torch.zeros(target.hidden_size, dtype=target.dtype)
+
+
+def _ffn(reader: CheckpointReader, layer: int) -> dict[str, Tensor]:
+    """`gate`, `up` and `down` of a dense layer, each [I, H]."""
+    weights = {part: reader.tensor(f"model.layers.{layer}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")}
+    return {**weights, "down": weights["down"].t()}
+
+
+def _layer_generator(settings: DenseSettings, layer: int) -> torch.Generator:
+    return torch.Generator().manual_seed(settings.seed * 100_003 + layer)
+
+
+def _plan_layer(
+    settings: DenseSettings, sizes: Sequence[int], weights: dict[str, Tensor], generator: torch.Generator
+) -> _LayerPlan:
+    """Where neurons go by what is known without calibration."""
+    if settings.neurons == "random":
+        return _LayerPlan(shuffle_neurons(len(weights["gate"]), sizes, generator))
+    return _LayerPlan(_by_importance(settings, weight_importance(**weights), sizes))
+
+
+def _by_importance(settings: DenseSettings, importance: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    if settings.method == "split":
+        return deal_neurons(importance, sizes)
+    return [top_neurons(importance, size) for size in sizes]
+
+
+def _calibrate(
+    reader: CheckpointReader, config: PreTrainedConfig, target: HMoEConfig, settings: DenseSettings
+) -> dict[int, _LayerPlan]:
+    assert settings.calibration_text is not None
+    tokens = calibration_tokens(reader.folder, settings.calibration_text, settings.calibration_tokens)
+    plans: dict[int, _LayerPlan] = {}
+
+    def on_layer(index: int, layer: nn.Module, hidden_states: Tensor) -> None:
+        mlp: Any = layer.mlp
+        sizes = target.layer_expert_sizes[index]
+        neurons = mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states)  # [T, I]
+        down = mlp.down_proj.weight.t()
+        generator = _layer_generator(settings, index)
+        if settings.neurons == "coactivation":
+            plan = _LayerPlan(cluster_neurons(neurons, sizes, generator))
+        elif settings.neurons == "activation":
+            plan = _LayerPlan(_by_importance(settings, contributions(neurons, down).mean(dim=0), sizes))
+        else:
+            weights = {"gate": mlp.gate_proj.weight, "up": mlp.up_proj.weight, "down": down}
+            plan = _plan_layer(settings, sizes, weights, generator)
+        if settings.router != "random":
+            balanced = settings.router == "balanced"
+            plan.router = fitted_router(hidden_states, neurons, down, plan.parts, ROUTER_LOGIT_STD, balanced=balanced)
+        plans[index] = plan
+
+    run_layers(reader, config, tokens, on_layer)
+    return plans
+
+
+class _Copies:
+    """Reads experts off a dense FFN: chosen neurons, scaled, with noise and re-initialised neurons if asked for."""
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        parts: list[Tensor],
+        settings: DenseSettings,
+        generator: torch.Generator,
+        factor: int,
+    ):
+        self.weights, self.parts = weights, parts
+        self.settings, self.generator, self.factor = settings, generator, factor
+        self.renewed = [self._draw_renewed(len(part)) for part in parts]
+
+    def _draw_renewed(self, size: int) -> Tensor:
+        return torch.randperm(size, generator=self.generator)[: round(self.settings.reinit_share * size)]
+
+    def read(self, expert: int, part: str) -> Tensor:
+        dense = self.weights[part]
+        rows = dense[self.parts[expert]]
+        if part == "down" and self.factor != 1:
+            rows = rows * self.factor
+        renewed = self.renewed[expert]
+        if self.settings.noise or len(renewed):
+            std, mean = torch.std_mean(dense.float())
+            rows = rows + self._normal(rows.shape, self.settings.noise * float(std)).to(rows.dtype)
+            rows[renewed] = (mean + self._normal((len(renewed), rows.shape[1]), float(std))).to(rows.dtype)
+        return rows
+
+    def _normal(self, shape: Sequence[int], std: float) -> Tensor:
+        return std * torch.randn(*shape, generator=self.generator)

@@ -1,0 +1,176 @@
+"""The `hmoe convert` command.
+
+    hmoe convert moe mistralai/Mixtral-8x7B-v0.1 mixtral-as-hmoe
+    hmoe convert dense HuggingFaceTB/SmolLM2-135M smollm2-hmoe --strategy hybrid --neurons coactivation \
+        --router fitted --calibration_text text.txt
+    hmoe convert resize mixtral-as-hmoe hmoe-arithmetic --strategy arithmetic --calibration_text text.txt
+    hmoe convert export hmoe-arithmetic mixtral-again
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .job import Conversion, Options
+
+STRATEGIES = ["arithmetic", "geometric", "hybrid", "pairs", "uniform"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `hmoe convert ...`; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    # Imported here, so that --help and a mistyped option do not wait for torch.
+    from transformers.utils import logging
+
+    from .check import CheckFailed
+
+    logging.disable_progress_bar()
+    try:
+        print(_CONVERSIONS[args.conversion](args, _options(args, ["convert", *argv])))
+    except (ValueError, CheckFailed, OSError) as error:
+        print(f"hmoe convert: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _options(args: argparse.Namespace, command: list[str]) -> Options:
+    from .job import Options
+
+    return Options(
+        dtype=args.dtype,
+        max_shard_bytes=int(args.max_shard_gb * 1e9),
+        overwrite=args.overwrite,
+        check=not args.no_check,
+        check_text=args.check_text,
+        command=command,
+    )
+
+
+def _moe(args: argparse.Namespace, options: Options) -> Conversion:
+    from .moe import convert_moe
+
+    return convert_moe(args.source, args.target, options)
+
+
+def _dense(args: argparse.Namespace, options: Options) -> Conversion:
+    from .dense import DenseSettings, convert_dense
+
+    return convert_dense(args.source, args.target, _settings(DenseSettings, args), options)
+
+
+def _resize(args: argparse.Namespace, options: Options) -> Conversion:
+    from .resize import ResizeSettings, convert_resize
+
+    return convert_resize(args.source, args.target, _settings(ResizeSettings, args), options)
+
+
+def _export(args: argparse.Namespace, options: Options) -> Conversion:
+    from .export import convert_export
+
+    return convert_export(args.source, args.target, to=args.to, options=options)
+
+
+def _settings(settings_class: Any, args: argparse.Namespace) -> Any:
+    """The settings object; what was not given keeps its default there."""
+    given = {name: value for name, value in vars(args).items() if name in settings_class.__dataclass_fields__}
+    return settings_class(**{name: value for name, value in given.items() if value is not None})
+
+
+_CONVERSIONS = {"moe": _moe, "dense": _dense, "resize": _resize, "export": _export}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hmoe convert",
+        description="Convert checkpoints into HMoE, out of it, and to other expert sizes.",
+        epilog="The target appears whole or not at all. `hmoe convert CONVERSION --help` shows the options of one.",
+    )
+    conversions = parser.add_subparsers(dest="conversion", required=True, metavar="{moe,dense,resize,export}")
+    _add(conversions, "moe", "Mixtral, Qwen3-MoE or OLMoE to HMoE: the same logits")
+    dense = _add(
+        conversions, "dense", "Llama, Mistral, Qwen2 or Qwen3 to HMoE: split the FFN into experts, or copy it"
+    )
+    _add_dense_options(dense)
+    resize = _add(conversions, "resize", "HMoE to HMoE with other expert sizes")
+    _add_resize_options(resize)
+    export = _add(conversions, "export", "HMoE with Top-K to Mixtral or Qwen3-MoE by zero padding: the same logits")
+    export.add_argument(
+        "--to",
+        choices=["auto", "mixtral", "qwen3_moe"],
+        default="auto",
+        help="auto: qwen3_moe if the model has qk_norm",
+    )
+    return parser
+
+
+def _add(conversions: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser = conversions.add_parser(name, help=text, description=text)
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a checkpoint's folder, or OWNER/NAME of the Hugging Face Hub"
+    )
+    parser.add_argument("target", metavar="TARGET", help="the folder to make")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the source's")
+    parser.add_argument("--max_shard_gb", type=float, default=5.0, help="largest weights file (default 5)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at TARGET, at the very end")
+    parser.add_argument("--no_check", action="store_true", help="do not compare the logits of source and target")
+    parser.add_argument("--check_text", metavar="FILE", help="text for the comparison (default: a short speech)")
+    return parser
+
+
+def _add_dense_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=["split", "upcycle"], help="default: split")
+    parser.add_argument("--num_experts", type=int, help="default: 8")
+    parser.add_argument("--num_experts_per_tok", type=int, help="default: 2")
+    parser.add_argument(
+        "--neurons",
+        choices=["random", "magnitude", "activation", "coactivation"],
+        help="what decides where neurons go (default: magnitude); the last two need --calibration_text",
+    )
+    parser.add_argument("--output_scale", choices=["sum", "expected"], help="scale of a split's output (default: sum)")
+    parser.add_argument(
+        "--router",
+        choices=["random", "fitted", "balanced"],
+        help="the last two: split, with --calibration_text; default: random",
+    )
+    parser.add_argument(
+        "--noise", type=float, help="upcycle: noise on the copies, as a share of the weights' deviation"
+    )
+    parser.add_argument("--reinit_share", type=float, help="upcycle: share of neurons drawn anew (drop-upcycling)")
+    _add_size_options(parser, "strategy's sizes; default: the dense width, or widest expert = dense width (upcycle)")
+
+
+def _add_resize_options(parser: argparse.ArgumentParser) -> None:
+    _add_size_options(parser, "strategy's sizes; default: each layer's sum now")
+
+
+def _add_size_options(parser: argparse.ArgumentParser, total: str) -> None:
+    parser.add_argument("--strategy", choices=STRATEGIES, help="rule for the sizes")
+    parser.add_argument("--total", type=int, help=f"sum of a layer's sizes, for the {total}")
+    parser.add_argument("--multiple_of", type=int, help="sizes are multiples of it (default: from the width)")
+    parser.add_argument(
+        "--sizes", type=_sizes, help="JSON list of sizes, such as [96,160], or a list of such lists, one per layer"
+    )
+    parser.add_argument("--calibration_text", metavar="FILE", help="text for activation statistics")
+    parser.add_argument("--calibration_tokens", type=int, help="tokens of it to use (default 4096)")
+    parser.add_argument("--seed", type=int, help="default: 0")
+
+
+def _sizes(text: str) -> Any:
+    try:
+        sizes = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list such as [96,160]: {error}") from error
+    rows = sizes if isinstance(sizes, list) and sizes and isinstance(sizes[0], list) else [sizes]
+    if not all(isinstance(row, list) and row and all(type(size) is int for size in row) for row in rows):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a list of whole numbers, or a list of such lists")
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The same exactness on real weights: SmolLM2-135M, fetched with `python examples/fetch_smollm2.py FOLDER --layers 2`.
+
+Runs where the environment variable HMOE_SMOLLM2 names that folder.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny_checkpoints import QUIET
+
+from hmoe.conversion import DenseSettings, ResizeSettings, convert_dense, convert_export, convert_moe, convert_resize
+
+
+SMOLLM2 = os.environ.get("HMOE_SMOLLM2")
+TEXT = Path(__file__).parents[2] / "examples" / "data" / "state_of_the_union.txt"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(SMOLLM2 is None, reason="set HMOE_SMOLLM2 to the folder that examples/fetch_smollm2.py makes"),
+]
+
+
+def test_split_grow_export_and_read_back_keep_real_logits(tmp_path):
+    settings = DenseSettings(
+        strategy="hybrid",
+        neurons="coactivation",
+        router="fitted",
+        calibration_text=str(TEXT),
+        calibration_tokens=1024,
+    )
+    split = convert_dense(SMOLLM2, tmp_path / "split", settings, QUIET)
+    assert split.check.forced == "all experts active, neutral gates"
+    sizes = [[size + 32 for size in row] for row in split.config.layer_expert_sizes]
+    steps = [
+        split,
+        convert_resize(tmp_path / "split", tmp_path / "grown", ResizeSettings(sizes=sizes), QUIET),
+        convert_export(tmp_path / "grown", tmp_path / "mixtral", options=QUIET),
+        convert_moe(tmp_path / "mixtral", tmp_path / "again", QUIET),
+    ]
+    for step in steps:
+        assert step.check.exact and step.check.passed
+        assert step.check.largest_difference < 1e-5 * step.check.largest_logit
+        assert step.check.same_choice == 1
+
+
+def test_upcycled_full_width_expert_keeps_real_logits(tmp_path):
+    settings = DenseSettings(method="upcycle", num_experts=4, neurons="activation", calibration_text=str(TEXT))
+    check = convert_dense(SMOLLM2, tmp_path / "upcycled", settings, QUIET).check
+    assert check.forced == "Top-1 of a full-width expert"
+    assert check.largest_difference < 1e-5 * check.largest_logit
