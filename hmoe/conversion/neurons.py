@@ -55,7 +55,10 @@ def cluster_neurons(neurons: Tensor, sizes: Sequence[int], generator: torch.Gene
     clustered by k-means (scikit-learn). Clusters have other sizes than experts: the larger cluster stands for the
     larger expert, and neurons take the nearest centre that has room, those first that have most to lose.
     """
-    from sklearn.cluster import KMeans
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError("`neurons`='coactivation' needs scikit-learn: pip install scikit-learn") from error
 
     patterns = neurons.float().abs().t()  # [I, T]
     patterns = patterns / patterns.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         print(_CONVERSIONS[args.conversion](args, _options(args, ["convert", *argv])))
-    except (ValueError, CheckFailed, OSError) as error:
+    except (ValueError, CheckFailed, OSError, ImportError) as error:
         print(f"hmoe convert: {error}", file=sys.stderr)
         return 1
     return 0
