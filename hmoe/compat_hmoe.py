@@ -22,13 +22,13 @@ from .losses_hmoe import router_losses
 class RouterLogits(tuple):
     """Router logits [T, E] of all layers, with the experts they activated [T, K] and the config of their losses."""
 
-    index: tuple[Tensor, ...]
+    router_index: tuple[Tensor, ...]
     config: Any
 
     @classmethod
-    def of(cls, logits: Iterable[Tensor], index: tuple[Tensor, ...], config: Any) -> RouterLogits:
+    def of(cls, logits: Iterable[Tensor], router_index: tuple[Tensor, ...], config: Any) -> RouterLogits:
         made = cls(logits)
-        made.index, made.config = index, config
+        made.router_index, made.config = router_index, config
         return made
 
 
@@ -39,7 +39,7 @@ def weighted_router_losses(
     config = router_logits.config
     terms = router_losses(
         router_logits=router_logits,
-        router_index=router_logits.index,
+        router_index=router_logits.router_index,
         expert_sizes=config.layer_expert_sizes,
         attention_mask=attention_mask,
         load_balancing_counts=config.load_balancing_counts,
