@@ -1,0 +1,364 @@
+"""The `hmoe analyze` command: how a mixture of experts routes a text, as one report.
+
+hmoe analyze runs/cpu/hmoe --against runs/cpu/moe --data held_out.txt --output_dir runs/report
+hmoe analyze runs/cpu/hmoe --checkpoints runs/cpu/hmoe/checkpoint-* --data held_out.txt
+hmoe analyze allenai/OLMoE-1B-7B-0924 --data articles.jsonl --max_tokens 200000 --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .routing import RoutingStatistics
+    from .stability import RouteSample
+    from .tokens import TokenLosses, TokenRoutes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to read and how; see `hmoe analyze --help`."""
+
+    window: int | None = None
+    batch_size: int = 8
+    max_tokens: int | None = None
+    stability_tokens: int = 1 << 17
+    min_count: int = 10
+    thresholds: Sequence[float] | None = None
+    top_tokens: int = 10
+    ground_metric: str = "discrete"
+    device: str | None = None
+    dtype: str = "float32"
+    progress: bool = True
+
+
+@dataclass
+class ModelRun:
+    """One model after its pass over the text; a dense one has no routes."""
+
+    name: str
+    model_type: str
+    parameters: int
+    losses: TokenLosses
+    routing: RoutingStatistics | None
+    routes: TokenRoutes | None
+    sample: RouteSample | None
+    embedding: Tensor | None
+
+    def summary(self) -> dict[str, Any]:
+        import math
+
+        return {
+            "name": self.name,
+            "model_type": self.model_type,
+            "parameters": self.parameters,
+            "loss": self.losses.mean,
+            "perplexity": math.exp(self.losses.mean),
+            "predicted_tokens": int(self.losses.count.sum()),
+            "routing": None if self.routing is None else self.routing.summary(),
+        }
+
+
+def analyze(
+    model: str,
+    data: Sequence[str | Path],
+    *,
+    baseline: str | None = None,
+    checkpoints: Sequence[str] = (),
+    settings: Settings | None = None,
+) -> dict[str, Any]:
+    """All numbers of the report, as plain values; each model reads the text once, one model in memory at a time.
+
+    Args:
+        model, baseline: folders or Hub ids; the baseline may be dense.
+        data: `.txt` and `.jsonl` files.
+        checkpoints: of the model's training, in order; the model itself is added as the last.
+
+    Raises:
+        ValueError: for a model that is no mixture of experts, text shorter than a window, tokenizers that differ, or
+            checkpoints of other models.
+    """
+    from .observe import read_documents, windows
+    from .stability import stability
+
+    settings = settings or Settings()
+    _check(settings)
+    tokenizer = _load_tokenizer(model)
+    others = [*checkpoints, *([baseline] if baseline else [])]
+    _check_tokenizers(model, tokenizer, baseline, checkpoints)
+    window = settings.window or min(512, _context(model), *map(_context, others))
+
+    def rows() -> Iterator[list[int]]:
+        return windows(read_documents(data), tokenizer, window, settings.max_tokens)
+
+    next(rows())  # text that is too short is refused before a model is loaded
+    whole = _run(model, rows, settings, wants=("routes", "sample") if checkpoints else ("routes",), window=window)
+    against = _run(baseline, rows, settings, wants=(), window=window) if baseline else None
+    runs = [_run(folder, rows, settings, wants=("sample",), window=window) for folder in checkpoints]
+    history = [*runs, whole] if runs else []
+    return {
+        "settings": {"data": [str(path) for path in data], "window": window, **_plain_settings(settings)},
+        "model": _checkpoint_summary(whole, model),
+        "baseline": None if against is None else against.summary(),
+        "tokens": _token_results(whole, against, tokenizer, settings),
+        "checkpoints": [_checkpoint_summary(run, path) for run, path in zip(history, [*checkpoints, model])],
+        "stability": stability([run.name for run in history], [run.sample for run in history]) if history else None,  # type: ignore[misc]
+    }
+
+
+def _check(settings: Settings) -> None:
+    for name in ("batch_size", "stability_tokens", "min_count", "top_tokens"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(settings, name)}")
+    if settings.window is not None and settings.window < 2:
+        raise ValueError(f"`window` must be at least 2 tokens, so that one is predicted, got {settings.window}")
+    if settings.ground_metric not in ("discrete", "embedding"):
+        raise ValueError(f"`ground_metric` must be 'discrete' or 'embedding', got {settings.ground_metric!r}")
+
+
+def _plain_settings(settings: Settings) -> dict[str, Any]:
+    names = ("batch_size", "max_tokens", "min_count", "ground_metric", "dtype")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    import hmoe  # noqa: F401  (registers the model type)
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{model}: no tokenizer could be loaded from it: {error}") from error
+
+
+def _context(model: str) -> int:
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None) or 512
+
+
+def _check_tokenizers(model: str, tokenizer: Any, baseline: str | None, checkpoints: Sequence[str]) -> None:
+    from .observe import check_same_tokenizer
+
+    for other in [*([baseline] if baseline else []), *checkpoints]:
+        # Trainers need not save the tokenizer beside every checkpoint.
+        if other != baseline and Path(other).is_dir() and not list(Path(other).glob("tokenizer*")):
+            continue
+        check_same_tokenizer(tokenizer, _load_tokenizer(other), (model, other))
+
+
+def _run(
+    folder: str, rows: Callable[[], Iterator[list[int]]], settings: Settings, *, wants: Sequence[str], window: int
+) -> ModelRun:
+    from transformers.utils import logging
+
+    from .observe import batches, observe
+    from .routers import architecture, routed_layers
+    from .routing import RoutingStatistics
+    from .stability import RouteSample
+    from .tokens import TokenLosses, TokenRoutes
+
+    logging.disable_progress_bar()
+    network = _load_model(folder, settings)
+    shape = architecture(network) if wants or routed_layers(network) else None
+    vocab_size = network.config.get_text_config().vocab_size
+    losses = TokenLosses(vocab_size)
+    routing = RoutingStatistics(shape) if shape else None
+    routes = TokenRoutes(shape, vocab_size) if shape and "routes" in wants else None
+    sample = (
+        RouteSample(list(map(len, shape.sizes)), settings.stability_tokens) if shape and "sample" in wants else None
+    )
+    with _progress(Path(folder).name, settings) as bar:
+        for seen in observe(network, batches(rows(), settings.batch_size)):
+            for sums in (losses, routing, routes, sample):
+                if sums is not None:
+                    sums.update(seen)
+            bar.update(seen.input_ids.numel())
+    embedding = network.get_input_embeddings().weight.detach().float().cpu()
+    return ModelRun(
+        name=Path(folder).name,
+        model_type=network.config.model_type,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        losses=losses,
+        routing=routing,
+        routes=routes,
+        sample=sample,
+        embedding=embedding if settings.ground_metric == "embedding" and routes is not None else None,
+    )
+
+
+def _load_model(folder: str, settings: Settings) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        dtype = getattr(torch, settings.dtype)
+    except AttributeError:
+        raise ValueError(
+            f"`dtype` must name a torch dtype such as float32 or bfloat16, got {settings.dtype!r}"
+        ) from None
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+def _progress(name: str, settings: Settings) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=f"reading with {name}",
+        total=settings.max_tokens,
+        unit="tok",
+        unit_scale=True,
+        disable=not settings.progress,
+    )
+
+
+def _checkpoint_summary(run: ModelRun, path: str) -> dict[str, Any]:
+    from .observe import step_of
+
+    return {**run.summary(), "path": path, "step": step_of(path)}
+
+
+def _token_results(run: ModelRun, baseline: ModelRun | None, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+    from .difficulty import difficulty
+    from .tokens import top_tokens
+
+    assert run.routes is not None
+    top = top_tokens(run.routes, settings.top_tokens, settings.min_count)
+    for row in top:
+        row["tokens"] = [readable(tokenizer, number) for number in row["ids"]]
+    return {
+        "layers": run.routes.layers,
+        "loss_and_size": run.routes.loss_and_size(),
+        "top_tokens": top,
+        "examples": _examples(run, tokenizer, settings.min_count),
+        "similarity": _similarity(run, settings),
+        "difficulty": difficulty(
+            run.losses,
+            baseline.losses if baseline else None,
+            run.routes,
+            settings.thresholds,
+            settings.min_count,
+        ),
+    }
+
+
+def _examples(run: ModelRun, tokenizer: Any, min_count: int, number: int = 8) -> dict[str, Any]:
+    """The types whose experts are smallest and widest on average, and the most frequent ones between them."""
+    from .tokens import activation_share, pool_by_size
+
+    assert run.routes is not None
+    table, sizes = pool_by_size(run.routes.activations, run.routes.kept_sizes)
+    frequent = (run.routes.occurrences >= min_count).nonzero().squeeze(1)
+    widths = table.new_tensor(sizes)
+    mean = (table[frequent] @ widths) / table[frequent].sum(1)
+    order = frequent[mean.argsort()].tolist()
+    ids = list(dict.fromkeys([*order[:number], *order[-number:]]))
+    return {
+        "sizes": sizes,
+        "ids": ids,
+        "tokens": [readable(tokenizer, token) for token in ids],
+        "occurrences": run.routes.occurrences[ids].tolist(),
+        "shares": activation_share(run.routes, ids),
+    }
+
+
+def readable(tokenizer: Any, number: int) -> str:
+    """A token as text, its leading space as `_`, which the paper uses too."""
+    text = tokenizer.decode([number])
+    return ("_" + text[1:] if text.startswith(" ") else text).replace("\n", "\\n")
+
+
+def _similarity(run: ModelRun, settings: Settings) -> dict[str, Any]:
+    import torch
+
+    from .tokens import kl_divergence, wasserstein
+
+    assert run.routes is not None
+    layers: list[dict[str, Any]] = []
+    for number, table, sizes in zip(run.routes.layers, run.routes.activations, run.routes.kept_sizes):
+        distance, divergence = wasserstein(table, run.embedding), kl_divergence(table)
+        layers.append({"layer": number, "sizes": sizes, "wasserstein": distance, "kl": divergence})
+    mean = None
+    if all(layer["sizes"] == layers[0]["sizes"] for layer in layers):
+        stacked = {kind: torch.stack([layer[kind] for layer in layers]).nanmean(0) for kind in ("wasserstein", "kl")}
+        mean = {"sizes": layers[0]["sizes"], **stacked}
+    result = {"ground_metric": settings.ground_metric, "layers": layers, "mean": mean}
+    return _without_nan(result)
+
+
+def _without_nan(value: Any) -> Any:
+    """Tensors as lists, with None for NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _without_nan(value.tolist())
+    return None if isinstance(value, float) and value != value else value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hmoe analyze",
+        description="How an HMoE, Mixtral, Qwen-MoE or OLMoE model routes a text: a report with pictures "
+        "(report.html), and all numbers as report.json and CSV files.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", help="a model folder or Hub id")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".txt files, or .jsonl with `text`")
+    parser.add_argument("--against", metavar="BASELINE", help="a model with the same tokenizer, MoE or dense")
+    parser.add_argument("--checkpoints", nargs="+", default=[], help="earlier checkpoints of the same run, in order")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/analysis"), help="default: %(default)s")
+    parser.add_argument("--window", type=int, help="tokens read at once (default: 512, or the model's context)")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows at once (default: %(default)s)")
+    parser.add_argument("--max_tokens", type=int, help="read no more than this (default: all)")
+    parser.add_argument("--stability_tokens", type=int, default=1 << 17, help="compared between checkpoints")
+    parser.add_argument("--min_count", type=int, default=10, help="occurrences for a token to be judged alone")
+    parser.add_argument(
+        "--thresholds",
+        nargs="+",
+        type=float,
+        help="losses in nats above which a token is difficult (default: as far above the baseline's mean as MoDSE's)",
+    )
+    parser.add_argument("--top_tokens", type=int, default=10, help="per expert size (default: %(default)s)")
+    parser.add_argument(
+        "--ground_metric",
+        default="discrete",
+        choices=["discrete", "embedding"],
+        help="distance of two tokens for the Wasserstein distance: 1, or between input embeddings",
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `hmoe analyze ...`; returns the exit status."""
+    args = _parser().parse_args(argv)
+    from .report import headline, write_report
+
+    names = [name for name in Settings.__dataclass_fields__ if hasattr(args, name)]
+    settings = Settings(**{name: getattr(args, name) for name in names}, progress=sys.stderr.isatty())
+    try:
+        result = analyze(args.model, args.data, baseline=args.against, checkpoints=args.checkpoints, settings=settings)
+    except (ValueError, OSError) as error:
+        print(f"hmoe analyze: {error}", file=sys.stderr)
+        return 1
+    path = write_report(result, args.output_dir)
+    print(headline(result))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

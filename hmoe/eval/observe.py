@@ -1,0 +1,170 @@
+"""Running a model over text once, and handing each batch's losses and routes to what counts them.
+
+Letters in shapes: B batch, S sequence, T = B * S tokens, E experts, K expert slots per token, L layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .routers import RouterTap
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One batch.
+
+    Attributes:
+        input_ids: [B, S].
+        mask: [B, S], False at padding.
+        loss: [B, S], cross-entropy in nats of each token given those before it; NaN for the first token of a row and
+            for padding.
+        logits: per MoE layer, router logits [T, E]; none for a dense model.
+        index: per MoE layer, ids of the activated experts [T, K], most probable first; E marks an unused slot.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    loss: Tensor
+    logits: list[Tensor]
+    index: list[Tensor]
+
+
+@torch.no_grad()
+def observe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[Observation]:
+    """Runs `model` over batches of `input_ids` and, where rows are padded, `attention_mask`; one at a time."""
+    device = next(model.parameters()).device
+    logits: list[Tensor] = []
+    index: list[Tensor] = []
+
+    def consume(layer: int, layer_logits: Tensor, layer_index: Tensor) -> None:
+        logits.append(layer_logits)
+        index.append(layer_index)
+
+    model.eval()
+    with RouterTap(model, consume):
+        for batch in batches:
+            logits, index = [], []
+            input_ids = batch["input_ids"].to(device)
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(device)
+            outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            loss = token_losses(outputs.logits, input_ids, mask.bool())
+            yield Observation(input_ids, mask.bool(), loss, logits, index)
+
+
+def token_losses(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy [B, S] of each token under the `logits` [B, S, V] of the position before it, as in
+    [`Observation`]."""
+    loss = torch.full(input_ids.shape, torch.nan, dtype=torch.float32, device=input_ids.device)
+    for row in range(input_ids.shape[0]):  # one row at a time: a float32 copy of all logits can be large
+        loss[row, 1:] = F.cross_entropy(logits[row, :-1].float(), input_ids[row, 1:], reduction="none")
+    known = mask.clone()
+    known[:, 1:] &= mask[:, :-1]
+    return loss.masked_fill(~known, torch.nan)
+
+
+def read_documents(paths: Iterable[str | Path], chunk_characters: int = 1 << 20) -> Iterator[str]:
+    """Texts of `.txt` files, in pieces of about `chunk_characters` that end with a line, and the field `text` of every
+    line of `.jsonl` files.
+
+    Raises:
+        ValueError: for another file type, a missing file or a line without `text`.
+    """
+    import json
+
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; --data takes .txt and .jsonl files")
+        if path.suffix not in (".txt", ".jsonl"):
+            raise ValueError(f"{path}: --data takes .txt files and .jsonl files with a field `text`")
+        with path.open(encoding="utf-8") as file:
+            if path.suffix == ".txt":
+                while lines := file.readlines(chunk_characters):
+                    yield "".join(lines)
+                continue
+            for number, line in enumerate(file, start=1):
+                document = json.loads(line) if line.strip() else None
+                if document is None:
+                    continue
+                if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+                    raise ValueError(f"{path}, line {number}: no field `text`, only {line.strip()[:80]!r}")
+                yield document["text"]
+
+
+def windows(
+    documents: Iterable[str], tokenizer: Any, length: int, max_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Rows of `length` tokens, cut from all documents in one stream; the last part row is dropped.
+
+    A document ends with the tokenizer's end-of-sequence token where it has one.
+
+    Raises:
+        ValueError: if there is not one whole row.
+    """
+    stream: list[int] = []
+    num_rows = num_tokens = 0
+    for document in documents:
+        ids = tokenizer(document, verbose=False)["input_ids"]
+        num_tokens += len(ids)
+        stream += ids
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            stream.append(tokenizer.eos_token_id)
+        while len(stream) >= length:
+            if max_tokens is not None and num_rows and (num_rows + 1) * length > max_tokens:
+                return
+            yield stream[:length]
+            num_rows += 1
+            del stream[:length]
+    if not num_rows:
+        raise ValueError(
+            f"the text has {num_tokens} tokens, fewer than one window of {length}: lower --window or give more text"
+        )
+
+
+def batches(rows: Iterable[list[int]], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Rows in batches; the last one may be smaller."""
+    waiting: list[list[int]] = []
+    for row in rows:
+        waiting.append(row)
+        if len(waiting) == batch_size:
+            yield {"input_ids": torch.tensor(waiting)}
+            waiting = []
+    if waiting:
+        yield {"input_ids": torch.tensor(waiting)}
+
+
+def check_same_tokenizer(first: Any, second: Any, names: tuple[str, str]) -> None:
+    """Refuses to compare losses and routes of models that read a text as different tokens.
+
+    Raises:
+        ValueError: if a token has another id in the two vocabularies.
+    """
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    probe = "The 1st token, naïve & re-tokenised:\n  x = 3.14"
+    if ours == theirs and first(probe)["input_ids"] == second(probe)["input_ids"]:
+        return
+    different = sum(theirs.get(token) != number for token, number in ours.items())
+    raise ValueError(
+        f"{names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)} tokens) have different tokenizers: "
+        f"{different} tokens of the first have another id, or none, in the second. Losses and routes per token can "
+        "only be compared between models that share a tokenizer"
+    )
+
+
+def step_of(folder: str) -> int | None:
+    """The training step of a checkpoint: as its trainer_state.json says, or its name, such as `checkpoint-600`."""
+    import json
+
+    state = Path(folder) / "trainer_state.json"
+    if state.is_file():
+        return json.loads(state.read_text(encoding="utf-8")).get("global_step")
+    match = re.search(r"(?:checkpoint|step)[-_]?(\d+)$", Path(folder).name)
+    return int(match[1]) if match else None

@@ -1,0 +1,142 @@
+"""Reading the routers of a model while it runs: HMoE, Mixtral, Qwen-MoE and OLMoE, adapters and wrappers included.
+
+Letters in shapes: T tokens, E experts, K expert slots per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """One MoE layer: its router, the sizes of its experts in neurons, and their parameters."""
+
+    router: nn.Module
+    sizes: list[int]
+    parameters: list[int]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the analyses need to know of an MoE.
+
+    Attributes:
+        sizes: neurons, per layer, per expert.
+        expert_parameters: per layer, per expert.
+        parameters: all, tied ones once.
+    """
+
+    sizes: list[list[int]]
+    expert_parameters: list[list[int]]
+    parameters: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer has the same experts."""
+        return all(sizes == self.sizes[0] for sizes in self.sizes)
+
+    def activated_parameters(self, load: list[list[float]]) -> float:
+        """Parameters a token uses on average, both embeddings included; `load`: shares of tokens per layer, expert."""
+        experts = self.expert_parameters
+        used = sum(x * n for row, counts in zip(load, experts) for x, n in zip(row, counts))
+        return self.parameters - sum(map(sum, experts)) + used
+
+    def activated_ratio(self, load: list[list[float]]) -> float:
+        """Activated share of the expert parameters (HMoE Table 2)."""
+        experts = self.expert_parameters
+        used = sum(x * n for row, counts in zip(load, experts) for x, n in zip(row, counts))
+        return used / sum(map(sum, experts))
+
+
+def routed_layers(model: nn.Module) -> list[RoutedLayer]:
+    """The MoE layers of a model, first layer first; empty for a dense one.
+
+    A layer is a module with `gate` and `experts` whose experts lie in one bank of three-dimensional parameters.
+    """
+    config = _text_config(model)
+    layer_sizes = getattr(config, "layer_expert_sizes", None)
+    layers: list[RoutedLayer] = []
+    for module in model.modules():
+        router, experts = getattr(module, "gate", None), getattr(module, "experts", None)
+        if not isinstance(router, nn.Module) or not isinstance(experts, nn.Module):
+            continue
+        # A learnable activation has parameters too, which belong to no expert.
+        banks = [p for name, p in experts.named_parameters() if p.dim() >= 2 and "lora_" not in name]
+        if not any(bank.dim() == 3 for bank in banks):
+            continue
+        sizes = layer_sizes[len(layers)] if layer_sizes else _bank_sizes(experts)
+        total = sum(bank.numel() for bank in banks)
+        layers.append(RoutedLayer(router, list(sizes), [total * size // sum(sizes) for size in sizes]))
+    return layers
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _bank_sizes(experts: nn.Module) -> list[int]:
+    down = next(p for name, p in experts.named_parameters() if "down_proj" in name and "lora_" not in name)
+    hidden = next(p for name, p in experts.named_parameters() if "up_proj" in name and "lora_" not in name).shape[-1]
+    return [down.numel() // down.shape[0] // hidden] * down.shape[0]
+
+
+def architecture(model: nn.Module) -> Architecture:
+    """Sizes and parameters of an MoE.
+
+    Raises:
+        ValueError: if the model has no MoE layer.
+    """
+    layers = routed_layers(model)
+    if not layers:
+        config = _text_config(model)
+        raise ValueError(
+            f"{getattr(config, '_name_or_path', '') or type(model).__name__} (model type "
+            f"{config.model_type!r}) is not a mixture of experts: no layer has a router `gate` beside a bank of "
+            "`experts`. Give an HMoE, Mixtral, Qwen-MoE or OLMoE model; a dense model can be the baseline"
+        )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Architecture([layer.sizes for layer in layers], [layer.parameters for layer in layers], parameters)
+
+
+class RouterTap:
+    """Hands the outputs of every router to `consume(layer, logits [T, E], index [T, K])`, while it is open.
+
+    In `index` the id E marks an unused Top-P slot.
+    """
+
+    def __init__(self, model: nn.Module, consume: Callable[[int, Tensor, Tensor], None]):
+        self._handles = []
+        for number, layer in enumerate(routed_layers(model)):
+            self._handles.append(layer.router.register_forward_hook(_hook(number, consume)))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> RouterTap:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _hook(number: int, consume: Callable[[int, Tensor, Tensor], None]) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        if not isinstance(output, tuple) or len(output) != 3:
+            raise ValueError(
+                f"router {type(module).__name__} returns {type(output).__name__}, not (logits, weights, index): "
+                "this kind of mixture cannot be analysed"
+            )
+        consume(number, output[0], output[2])
+
+    return hook

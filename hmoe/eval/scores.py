@@ -1,0 +1,254 @@
+"""Results of lm_eval as one table for several checkpoints, as JSON, as Markdown and in model cards."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+# Of the metrics that a task reports, the first of these is its score; other tasks show their own first metric.
+PREFERRED_METRICS = ("acc", "exact_match", "em", "f1", "mcc", "acc_norm")
+CARD_START, CARD_END = "<!-- hmoe evaluate: start -->", "<!-- hmoe evaluate: end -->"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One task or group of tasks.
+
+    Attributes:
+        value, stderr: as lm_eval reports them, shares for accuracies; `stderr` None where it gives none.
+        averaged: whether the value joins the average: a share where higher is better.
+        shots: None for a group whose tasks differ.
+        samples: evaluated items.
+        activated_ratio: activated share of the expert parameters (HMoE Table 2), where measured.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    averaged: bool
+    shots: int | None
+    samples: int | None
+    activated_ratio: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One checkpoint; parameters as [`hmoe.configuration_hmoe.count_parameters`] counts them.
+
+    Attributes:
+        average: unweighted mean of the scores that can be averaged; its standard error takes tasks as independent.
+        activated_parameters: per token, measured on all tokens of the evaluation; all of them for a dense model.
+        activated_ratio, experts_per_token: None for a dense model.
+    """
+
+    name: str
+    parameters: int
+    activated_parameters: float | None
+    activated_ratio: float | None
+    experts_per_token: float | None
+    scores: list[Score] = field(default_factory=list)
+    average: float | None = None
+    average_stderr: float | None = None
+
+
+def read_evaluation(name: str, results: dict[str, Any]) -> Evaluation:
+    """What lm_eval's results file says of one checkpoint; the members of a suite stand for the suite."""
+    config = results["config"]
+    routing = config.get("routing")
+    scores = [_read_score(task, results) for task in _top_tasks(results)]
+    average, stderr = _average(scores)
+    return Evaluation(
+        name=name,
+        parameters=config["model_num_parameters"],
+        activated_parameters=routing["activated_parameters"] if routing else _dense(config),
+        activated_ratio=routing["activated_ratio"] if routing else None,
+        experts_per_token=routing["experts_per_token"] if routing else None,
+        scores=scores,
+        average=average,
+        average_stderr=stderr,
+    )
+
+
+def _dense(config: dict[str, Any]) -> float | None:
+    return None if config.get("is_moe", True) else float(config["model_num_parameters"])
+
+
+def _top_tasks(results: dict[str, Any]) -> list[str]:
+    """What was asked for; the suites, and groups without a score of their own, are replaced by their members."""
+    members = results.get("group_subtasks", {})
+    nested = {task for tasks in members.values() for task in tasks}
+
+    def expand(name: str) -> list[str]:
+        if name in members and (name in ("hmoe", "modse") or not _numbers(results["results"].get(name, {}))):
+            return [task for member in members[name] for task in expand(member)]
+        return [name]
+
+    top = [name for name in {**members, **results["results"]} if name not in nested]
+    return list(dict.fromkeys(task for name in top for task in expand(name)))
+
+
+def _numbers(entries: dict[str, Any]) -> dict[str, float]:
+    """The metrics of one task, such as `acc,none`, without their errors."""
+    return {
+        key: value
+        for key, value in entries.items()
+        if "," in key and "_stderr," not in key and isinstance(value, (int, float))
+    }
+
+
+def _leaves(task: str, results: dict[str, Any]) -> list[str]:
+    members = results.get("group_subtasks", {}).get(task)
+    return [leaf for member in members for leaf in _leaves(member, results)] if members else [task]
+
+
+def _read_score(task: str, results: dict[str, Any]) -> Score:
+    entries = results["results"][task]
+    values = _numbers(entries)
+    if not values:
+        raise ValueError(f"lm_eval reports no number for {task!r}, only {sorted(entries)}: leave this task out")
+    metrics = {key.partition(",")[0] for key in values}
+    metric = next((name for name in PREFERRED_METRICS if name in metrics), next(iter(values)).partition(",")[0])
+    key = next(key for key in values if key.partition(",")[0] == metric)
+    stderr = entries.get(key.replace(",", "_stderr,", 1))
+    higher = results.get("higher_is_better", {}).get(task, {}).get(metric, True)
+    leaves = _leaves(task, results)
+    shots = {results.get("n-shot", {}).get(leaf) for leaf in leaves}
+    samples = [results.get("n-samples", {}).get(leaf, {}).get("effective") for leaf in leaves]
+    return Score(
+        task=task,
+        metric=metric,
+        value=float(values[key]),
+        stderr=float(stderr) if isinstance(stderr, (int, float)) and not math.isnan(stderr) else None,
+        averaged=metric in PREFERRED_METRICS and higher is not False,
+        shots=shots.pop() if len(shots) == 1 else None,
+        samples=sum(samples) if None not in samples else None,
+        activated_ratio=_task_ratio(leaves, results),
+    )
+
+
+def _task_ratio(leaves: list[str], results: dict[str, Any]) -> float | None:
+    measured = (results["config"].get("routing") or {}).get("tasks", {})
+    parts = [measured[leaf] for leaf in leaves if leaf in measured]
+    tokens = sum(part["tokens"] for part in parts)
+    return sum(part["tokens"] * part["activated_ratio"] for part in parts) / tokens if tokens else None
+
+
+def _average(scores: list[Score]) -> tuple[float | None, float | None]:
+    chosen = [score for score in scores if score.averaged]
+    if not chosen:
+        return None, None
+    average = sum(score.value for score in chosen) / len(chosen)
+    errors = [score.stderr for score in chosen if score.stderr is not None]
+    if len(errors) < len(chosen):
+        return average, None
+    return average, math.sqrt(sum(error**2 for error in errors)) / len(chosen)
+
+
+def as_json(evaluations: list[Evaluation]) -> list[dict[str, Any]]:
+    return [asdict(evaluation) for evaluation in evaluations]
+
+
+def _plus_minus(value: float | None, stderr: float | None, *, percent: bool = True) -> str:
+    if value is None:
+        return "-"
+    scale = 100 if percent else 1
+    text = f"{scale * value:.2f}"
+    return text if stderr is None else f"{text} ± {scale * stderr:.2f}"
+
+
+def _millions(value: float | None) -> str:
+    if value is None:
+        return "-"
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.4g} {unit}"
+    return f"{value:.0f}"
+
+
+def markdown(evaluations: list[Evaluation]) -> str:
+    """Scores as in HMoE's Table 1, activated ratios by task as in its Table 2. Scores in percent ± standard error."""
+    tasks = list(dict.fromkeys(score.task for evaluation in evaluations for score in evaluation.scores))
+    by_task = [{score.task: score for score in evaluation.scores} for evaluation in evaluations]
+    header = ["model", "parameters", "activated", "ratio", *(_heading(task, by_task) for task in tasks), "average"]
+    rows = []
+    for evaluation, scores in zip(evaluations, by_task):
+        cells = [_cell(scores.get(task)) for task in tasks]
+        ratio = "-" if evaluation.activated_ratio is None else f"{evaluation.activated_ratio:.2%}"
+        rows.append(
+            [
+                evaluation.name,
+                _millions(evaluation.parameters),
+                _millions(evaluation.activated_parameters),
+                ratio,
+                *cells,
+                _plus_minus(evaluation.average, evaluation.average_stderr),
+            ]
+        )
+    text = _table(header, rows)
+    measured = [(item, scores) for item, scores in zip(evaluations, by_task) if item.activated_ratio is not None]
+    if measured:
+        ratio_rows = [[item.name, *(_ratio_cell(scores.get(task)) for task in tasks)] for item, scores in measured]
+        text += "\n\nActivated share of the expert parameters, by task:\n\n" + _table(["model", *tasks], ratio_rows)
+    return text + "\n"
+
+
+def _heading(task: str, by_task: list[dict[str, Score]]) -> str:
+    score = next(scores[task] for scores in by_task if task in scores)
+    shots = "" if score.shots is None else f", {score.shots}-shot"
+    return f"{task} ({score.metric}{shots})"
+
+
+def _cell(score: Score | None) -> str:
+    return "-" if score is None else _plus_minus(score.value, score.stderr, percent=score.averaged)
+
+
+def _ratio_cell(score: Score | None) -> str:
+    return "-" if score is None or score.activated_ratio is None else f"{score.activated_ratio:.2%}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    line = "| " + " | ".join("-" * width for width in widths) + " |"
+    body = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in [header, *rows]]
+    return "\n".join([body[0], line, *body[1:]])
+
+
+def write_model_card(folder: Path, evaluation: Evaluation, note: str) -> Path:
+    """Puts the scores of `evaluation` into the README.md of a model folder: the metadata that the Hub shows, and a
+    section with the table, which replaces that of an earlier run. What else the card says is kept."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    path = folder / "README.md"
+    card = (
+        ModelCard.load(path)
+        if path.exists()
+        else ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {folder.name}\n")
+    )
+    data: Any = card.data
+    data.model_name = data.model_name or folder.name
+    ours = {score.task for score in evaluation.scores}
+    kept = [result for result in data.eval_results or [] if result.dataset_type not in ours]
+    data.eval_results = kept + [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score.task,
+            dataset_name=score.task,
+            dataset_args={"num_few_shot": score.shots} if score.shots is not None else None,
+            metric_type=score.metric,
+            metric_value=score.value,
+            metric_name=score.metric,
+            metric_args=None if score.stderr is None else {"stderr": score.stderr},
+        )
+        for score in evaluation.scores
+    ]
+    section = f"{CARD_START}\n## Evaluation\n\n{note}\n\n{markdown([evaluation])}{CARD_END}"
+    old = re.compile(re.escape(CARD_START) + ".*?" + re.escape(CARD_END), re.DOTALL)
+    text = card.text
+    card.text = old.sub(lambda match: section, text) if old.search(text) else f"{text.rstrip()}\n\n{section}\n"
+    path.write_text(str(card), encoding="utf-8")
+    return path

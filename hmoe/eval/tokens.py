@@ -1,0 +1,262 @@
+"""Which tokens go to which experts, and how hard they are.
+
+A token *type* is an entry of the vocabulary. A type's routes are those of its occurrences as input; its loss is the
+mean cross-entropy of predicting its occurrences. Memory is bounded by types x experts, whatever the text.
+
+Letters in shapes: V vocabulary, E experts of a layer, T tokens, K expert slots per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .observe import Observation
+from .routers import Architecture
+
+
+MAX_TABLE_ENTRIES = 1 << 27  # of 8 bytes, over all layers
+LOSS_BIN_WIDTH = 0.5
+NUM_LOSS_BINS = 24
+# Table 5 of MoDSE: thresholds in nats, where the baseline's mean is 1.05.
+PAPER_THRESHOLDS = (1.05, 1.2, 1.4, 1.6, 1.8, 2.0)
+
+
+class TokenLosses:
+    """Cross-entropy by token type, in two halves of the text (even and odd rows).
+
+    The halves let a choice made on one be measured on the other, free of regression to the mean.
+
+    Attributes:
+        total: [2, V], sums in nats.
+        count: [2, V], predicted occurrences.
+    """
+
+    def __init__(self, vocab_size: int):
+        self.total = torch.zeros(2, vocab_size, dtype=torch.float64)
+        self.count = torch.zeros(2, vocab_size, dtype=torch.long)
+        self._rows = 0
+
+    def update(self, observation: Observation) -> None:
+        loss, ids = observation.loss.cpu(), observation.input_ids.cpu()
+        for row in range(len(ids)):
+            known = ~loss[row].isnan()
+            half = (self._rows + row) % 2
+            self.total[half].index_add_(0, ids[row][known], loss[row][known].double())
+            self.count[half].index_add_(0, ids[row][known], torch.ones(int(known.sum()), dtype=torch.long))
+        self._rows += len(ids)
+
+    @property
+    def mean(self) -> float:
+        """Nats per token of the whole text."""
+        return float(self.total.sum() / self.count.sum())
+
+    def by_type(self, half: int | None = None) -> Tensor:
+        """[V], mean loss of each type in one half, or in both; NaN for types that do not occur."""
+        total, count = (self.total.sum(0), self.count.sum(0)) if half is None else (self.total[half], self.count[half])
+        return total / count
+
+
+class TokenRoutes:
+    """Activations by token type and expert, and the sizes that tokens of each loss choose.
+
+    Attributes:
+        layers: the layers whose tables are kept: all, or as many, evenly spaced, as fit into `MAX_TABLE_ENTRIES`.
+        occurrences: [V].
+        activations, first: per kept layer [V, E], occurrences that activate an expert, and that choose it first.
+        bins: [2, `NUM_LOSS_BINS`, 4], sums over tokens by loss: tokens, loss, relative size, activated share; first
+            for the position that predicts the token, then for the position that reads it.
+    """
+
+    def __init__(self, architecture: Architecture, vocab_size: int, max_entries: int = MAX_TABLE_ENTRIES):
+        self.sizes = architecture.sizes
+        self.layers = _kept_layers([len(sizes) for sizes in self.sizes], vocab_size, max_entries)
+        self.occurrences = torch.zeros(vocab_size, dtype=torch.long)
+        shapes = [(vocab_size, len(self.sizes[layer])) for layer in self.layers]
+        self.activations = [torch.zeros(shape, dtype=torch.long) for shape in shapes]
+        self.first = [torch.zeros(shape, dtype=torch.long) for shape in shapes]
+        self.bins = torch.zeros(2, NUM_LOSS_BINS, 4, dtype=torch.float64)
+        self._moments = torch.zeros(2, 6, dtype=torch.float64)
+
+    @property
+    def kept_sizes(self) -> list[list[int]]:
+        return [self.sizes[layer] for layer in self.layers]
+
+    def update(self, observation: Observation) -> None:
+        real = observation.mask.reshape(-1).cpu()
+        ids = observation.input_ids.reshape(-1).cpu()[real]
+        self.occurrences += torch.bincount(ids, minlength=len(self.occurrences))
+        for table, first, layer in zip(self.activations, self.first, self.layers):
+            index = observation.index[layer].cpu()[real]  # [T, K]
+            _add_pairs(table, ids[:, None].expand_as(index), index)
+            _add_pairs(first, ids, index[:, 0])
+        relative, share = chosen_sizes(self.sizes, observation.index)  # [T] each
+        self._add_losses(observation.loss.cpu(), relative.cpu(), share.cpu())
+
+    def _add_losses(self, loss: Tensor, relative: Tensor, share: Tensor) -> None:
+        relative, share = relative.view_as(loss), share.view_as(loss)
+        known = ~loss[:, 1:].isnan()
+        values = loss[:, 1:][known].double()
+        bins = (values / LOSS_BIN_WIDTH).long().clamp(max=NUM_LOSS_BINS - 1)
+        for place, positions in enumerate((slice(None, -1), slice(1, None))):
+            size, used = relative[:, positions][known].double(), share[:, positions][known].double()
+            rows = torch.stack([torch.ones_like(values), values, size, used], dim=1)
+            self.bins[place].index_add_(0, bins, rows)
+            one = torch.ones_like(values)
+            moments = (one, values, size, values * values, size * size, values * size)
+            self._moments[place] += torch.stack([moment.sum() for moment in moments])
+
+    def loss_and_size(self) -> dict[str, Any]:
+        """Chosen sizes by loss, and their correlation (HMoE Fig. 10 as a measurement).
+
+        `relative_size` is the mean width of a token's experts over the layer's mean width, mean over layers: 1 is
+        average. `activated_share` is the part of the layer's neurons that the token uses.
+        """
+        result: dict[str, Any] = {}
+        for name, bins, moments in zip(("predicting", "reading"), self.bins, self._moments):
+            rows = []
+            for number, (tokens, loss, size, share) in enumerate(bins.tolist()):
+                if tokens:
+                    low = number * LOSS_BIN_WIDTH
+                    high = None if number == NUM_LOSS_BINS - 1 else low + LOSS_BIN_WIDTH
+                    rows.append(
+                        {
+                            "loss_from": low,
+                            "loss_to": high,
+                            "tokens": int(tokens),
+                            "mean_loss": loss / tokens,
+                            "relative_size": size / tokens,
+                            "activated_share": share / tokens,
+                        }
+                    )
+            result[name] = {"correlation": _correlation(moments.tolist()), "bins": rows}
+        return result
+
+
+def _kept_layers(num_experts: Sequence[int], vocab_size: int, max_entries: int) -> list[int]:
+    most = max(1, max_entries // (2 * vocab_size * max(num_experts)))
+    number = len(num_experts)
+    if number <= most:
+        return list(range(number))
+    return sorted({round(place * (number - 1) / max(most - 1, 1)) for place in range(most)})
+
+
+def _add_pairs(table: Tensor, ids: Tensor, experts: Tensor) -> None:
+    used = experts < table.shape[1]
+    flat = ids[used] * table.shape[1] + experts[used]
+    table.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def chosen_sizes(sizes: Sequence[Sequence[int]], index: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean over layers, per token [T]: mean width of its experts over the layer's mean width; share of neurons used.
+
+    Args:
+        index: per layer [T, K], expert ids; the number of experts marks an unused slot.
+    """
+    relative, share = [], []
+    for layer_sizes, layer_index in zip(sizes, index, strict=True):
+        widths = torch.tensor([*layer_sizes, 0], dtype=torch.float64)[layer_index.cpu()]  # [T, K]
+        total = widths.sum(1)
+        chosen = (layer_index.cpu() < len(layer_sizes)).sum(1)
+        relative.append(total / chosen / (sum(layer_sizes) / len(layer_sizes)))
+        share.append(total / sum(layer_sizes))
+    return torch.stack(relative).mean(0), torch.stack(share).mean(0)
+
+
+def _correlation(moments: Sequence[float]) -> float | None:
+    n, x, y, xx, yy, xy = moments
+    if not n:
+        return None
+    variance_x, variance_y = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2
+    # Equal sizes leave only rounding of a zero variance.
+    if variance_x <= 1e-12 or variance_y <= 1e-12:
+        return None
+    return (xy / n - x * y / n**2) / (variance_x * variance_y) ** 0.5
+
+
+def top_tokens(routes: TokenRoutes, number: int = 10, min_count: int = 10) -> list[dict[str, Any]]:
+    """For each expert size, the token types with the largest activation share (HMoE Table 3; the ratio of Fig. 10).
+
+    The share of a type is how many of its activations, over all kept layers, go to experts of this size.
+
+    Args:
+        min_count: occurrences below which a type is left out.
+    """
+    table, sizes = pool_by_size(routes.activations, routes.kept_sizes)  # [V, sizes]
+    share = table / table.sum(1, keepdim=True).clamp(min=1)
+    share[routes.occurrences < min_count] = -1.0
+    rows = []
+    for column, size in enumerate(sizes):
+        values, ids = share[:, column].topk(min(number, len(share)))
+        kept = values > 0
+        rows.append({"size": size, "ids": ids[kept].tolist(), "shares": values[kept].tolist()})
+    return rows
+
+
+def activation_share(routes: TokenRoutes, ids: Sequence[int]) -> list[list[float]]:
+    """For each type of `ids`, the shares of its activations by expert size, smallest first (HMoE Fig. 10)."""
+    table, _ = pool_by_size(routes.activations, routes.kept_sizes)
+    chosen = table[torch.tensor(list(ids), dtype=torch.long)]
+    return (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).tolist()
+
+
+def pool_by_size(tables: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+    """[V, number of sizes] and the sizes, smallest first, from tables [V, E] of layers whose experts may differ."""
+    every = sorted({size for row in sizes for size in row})
+    pooled = torch.zeros(tables[0].shape[0], len(every), dtype=torch.float64)
+    for table, row in zip(tables, sizes, strict=True):
+        columns = torch.tensor([every.index(size) for size in row])
+        pooled.index_add_(1, columns, table.double())
+    return pooled, every
+
+
+def wasserstein(table: Tensor, embedding: Tensor | None = None, num_projections: int = 64, seed: int = 0) -> Tensor:
+    """Wasserstein-1 distances [E, E] between the experts' distributions over token types (HMoE Fig. 9a).
+
+    The distribution of an expert is the frequency of types among the tokens routed to it. The paper does not say how
+    far two types are apart. Here, without `embedding`, any two types are at distance 1: the result is then the share
+    of one expert's tokens that has to change to get the other's (total variation, 0 to 1). With `embedding` [V, D]
+    types are points, scaled to a mean distance from their centre of 1, and the distance is sliced: the mean, over
+    random directions, of the exact distance along each, times sqrt(D).
+
+    Args:
+        table: [V, E], counts. A column without counts gives NaN.
+    """
+    seen = table.sum(1) > 0
+    distribution = table[seen].double() / table.sum(0, dtype=torch.float64)  # [V', E]
+    if embedding is None:
+        return torch.stack([(distribution - column[:, None]).abs().sum(0) / 2 for column in distribution.T])
+    points = embedding[seen].double()
+    points = points - points.mean(0)
+    points = points / points.norm(dim=1).mean()
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(points.shape[1], num_projections, generator=generator, dtype=torch.float64)
+    places = points @ (directions / directions.norm(dim=0))  # [V', projections]
+    result = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
+    for column in places.T:
+        sorted_places, order = column.sort()
+        cumulative = distribution[order].cumsum(0)[:-1]  # [V' - 1, E]
+        gaps = sorted_places.diff()[:, None]
+        result += torch.stack([((cumulative - other[:, None]).abs() * gaps).sum(0) for other in cumulative.T])
+    return result / num_projections * points.shape[1] ** 0.5
+
+
+def kl_divergence(table: Tensor, smoothing: float = 0.01) -> Tensor:
+    """Divergences [E, E] in nats of expert x's (row) distribution over token types from expert y's (column), HMoE
+    Fig. 9b ("synergy").
+
+    A type that x sees and y does not would make it infinite, which the paper does not treat; so every distribution is
+    mixed with `smoothing` parts of the distribution of all tokens. Low values: the experts share their tokens.
+
+    Args:
+        table: [V, E], counts. A column without counts gives NaN.
+    """
+    counts = table[table.sum(1) > 0].double()
+    everything = counts.sum(1, keepdim=True) / counts.sum()
+    distribution = (1 - smoothing) * counts / counts.sum(0) + smoothing * everything  # [V', E]
+    logs = distribution.log()
+    negative_entropy = (distribution * logs).sum(0)
+    return (negative_entropy[:, None] - distribution.T @ logs).clamp(min=0)

@@ -1,0 +1,116 @@
+import json
+
+import pytest
+import torch
+
+from hmoe import HMoEConfig, HMoEForCausalLM
+from hmoe.describe import describe, homogeneous_twin, inverse_size_load, load_config, main, report
+from hmoe.training.flops import forward_flops
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"router_type": "modse"},
+        {"tie_word_embeddings": True, "attention_bias": True, "qk_norm": True},
+        {"expert_intermediate_sizes": [[8, 16, 24, 32], [8, 8, 40]]},
+        {"sliding_window": 16},
+        {"routing": "top_p"},
+    ],
+    ids=["top_k", "modse", "tied-bias-norm", "sizes-by-layer", "window", "top_p"],
+)
+def test_parameters_are_the_real_ones_and_flops_those_that_training_counts(tiny_config, overrides) -> None:
+    config = tiny_config(**overrides)
+    with torch.device("meta"):
+        model = HMoEForCausalLM(config)
+    described = describe(config, context=32)
+    assert described.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert described.flops_per_token == pytest.approx(forward_flops(model).count(1, 32))
+
+
+def test_estimated_activations_are_close_to_what_autograd_keeps(tiny_config) -> None:
+    config = tiny_config(hidden_size=64, expert_intermediate_sizes=[48, 96], vocab_size=512, num_hidden_layers=3)
+    model = HMoEForCausalLM(config)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(512, (4, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = model(input_ids=ids, labels=ids)
+    measured = sum(kept.values())
+    assert outputs.loss.requires_grad
+    assert describe(config, context=64, batch_size=4).activation_bytes == pytest.approx(measured, rel=0.2)
+
+
+def test_cache_bytes_are_those_of_a_real_cache_and_weights_follow_the_dtype(tiny_config) -> None:
+    config = tiny_config()
+    outputs = HMoEForCausalLM(config)(input_ids=torch.randint(64, (2, 16)), use_cache=True)
+    layers = outputs.past_key_values.layers
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    described = describe(config, context=16, batch_size=2, dtype="float32")
+    assert described.kv_cache_bytes == real
+    assert described.weight_bytes == 2 * describe(config).weight_bytes == described.parameters * 4
+
+
+def test_inverse_size_load_sums_up_and_no_expert_gets_more_than_every_token() -> None:
+    assert inverse_size_load([9, 11, 13, 15, 17, 19, 21, 23], 2) == pytest.approx(
+        [0.40, 0.33, 0.28, 0.25, 0.23, 0.20, 0.17, 0.15], abs=0.02
+    )
+    capped = inverse_size_load([1, 100, 100, 50], 2)
+    assert capped[0] == 1.0
+    assert capped == pytest.approx([1, 0.25, 0.25, 0.5])
+    assert inverse_size_load([5, 5], 2) == [1.0, 1.0]
+
+
+def test_hmoe_paper_figures_activated_parameters_and_ratio() -> None:
+    described = report(HMoEConfig.from_preset("hmoe-0.4b"))
+    assert described["twin"]["activated"] == pytest.approx(162.5e6, rel=1e-3)  # printed: 163 M
+    assert described["model"]["activated_ratio_inverse_size"] == pytest.approx(0.228, abs=5e-4)
+    assert report(HMoEConfig.from_preset("moe-0.4b"))["twin"] is None
+
+
+def test_twin_keeps_the_total_width_of_every_layer(tiny_config) -> None:
+    config = tiny_config(expert_intermediate_sizes=[[8, 16, 24, 32], [8, 8, 32]], qk_norm=True)
+    twin = homogeneous_twin(config)
+    assert twin.layer_expert_sizes == [[20] * 4, [16] * 3]
+    assert twin.qk_norm
+    assert twin.load_balancing_loss_coef == 0.01
+    assert describe(twin).parameters == describe(config).parameters
+
+
+def test_presets_folders_and_recipes_are_read(tmp_path, tiny_config, capsys) -> None:
+    tiny_config().save_pretrained(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model:\n  preset: hmoe-0.4b\n  model_config:\n    vocab_size: 100\n")
+    assert load_config(str(tmp_path)).hidden_size == 32
+    assert load_config(str(tmp_path / "config.json")).hidden_size == 32
+    assert load_config(str(recipe)).vocab_size == 100
+    assert main([str(tmp_path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["model"]["layer_sizes"] == [[8, 16, 24, 32]] * 2
+    assert main([str(tmp_path), "--context", "64"]) == 0
+    assert "homogeneous twin" in capsys.readouterr().out
+
+
+def test_bad_input_is_refused_with_the_value_and_a_remedy(tmp_path, tiny_config, capsys) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32}))
+    dense_recipe = tmp_path / "recipe.yaml"
+    dense_recipe.write_text("model:\n  model: gpt2\n")
+    for arguments, words in (
+        (["hmoe-0.5b"], "did you mean 'hmoe-0.4b'"),
+        ([str(tmp_path)], "'llama'"),
+        ([str(tmp_path / "nothing")], "no such file"),
+        ([str(dense_recipe)], "no `preset`"),
+        (["hmoe-0.4b", "--context", "0"], "`context` must be at least 1, got 0"),
+        (["hmoe-0.4b", "--experts_per_token", "3"], "num_experts_per_tok"),
+        (["hmoe-0.4b-top-p", "--experts_per_token", "9"], "from 1 to 8"),
+    ):
+        assert main(arguments) == 1
+        assert words in capsys.readouterr().err

@@ -1,0 +1,196 @@
+import base64
+import copy
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hmoe.eval.analyze import Settings, analyze, main
+from hmoe.eval.observe import batches, check_same_tokenizer, read_documents, step_of, windows
+from hmoe.eval.report import SECTIONS, write_report
+
+from .conftest import train_tokenizer
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SETTINGS = Settings(window=32, batch_size=4, max_tokens=4000, min_count=3, thresholds=[5, 6, 7], progress=False)
+VOID_TAGS = {"meta", "link", "img", "br"}
+
+
+class StrictParser(HTMLParser):
+    """Fails on unbalanced tags and on any address outside the file."""
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[str] = []
+        self.headings = 0
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        for name in ("src", "href"):
+            assert values.get(name, "data:").startswith("data:"), values[name]
+        assert tag != "script"
+        if tag == "img":
+            assert values["alt"]
+            self.images.append(values["src"])
+        self.headings += tag == "h2"
+        if tag not in VOID_TAGS:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory, sample_text) -> Path:
+    path = tmp_path_factory.mktemp("text") / "speech.txt"
+    path.write_text(sample_text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, model_folder) -> list[str]:
+    """Two earlier states of the model `hmoe`: its router and experts moved a little, or a lot."""
+    root = tmp_path_factory.mktemp("run")
+    folders = []
+    for step, scale in ((100, 1.0), (200, 0.2)):
+        model = AutoModelForCausalLM.from_pretrained(model_folder("hmoe"))
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.data.add_(scale * layer.mlp.gate.weight.data.flip(0))
+        model.save_pretrained(root / f"checkpoint-{step}")
+        folders.append(str(root / f"checkpoint-{step}"))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, model_folder, text_file, checkpoints) -> tuple[Path, dict]:
+    result = analyze(
+        model_folder("hmoe"), [text_file], baseline=model_folder("twin"), checkpoints=checkpoints, settings=SETTINGS
+    )
+    return write_report(result, tmp_path_factory.mktemp("report")), result
+
+
+def parse(path: Path) -> StrictParser:
+    parser = StrictParser()
+    parser.feed(path.read_text(encoding="utf-8"))
+    parser.close()
+    assert not parser.open
+    return parser
+
+
+def test_report_is_one_well_formed_file_with_every_picture_inside(report):
+    parser = parse(report[0])
+    assert len(parser.images) == len(SECTIONS)
+    assert parser.headings == len(SECTIONS) + 1  # and the table of top tokens
+    for image in parser.images:
+        assert base64.b64decode(image.partition(",")[2], validate=True).startswith(b"\x89PNG")
+
+
+def test_json_and_csv_hold_the_numbers(report):
+    path, result = report
+    assert json.loads((path.parent / "report.json").read_text()) == json.loads(json.dumps(result))
+    tables = {file.stem: list(csv.DictReader(file.open(encoding="utf-8"))) for file in path.parent.glob("*.csv")}
+    assert {"experts", "layers", "sizes", "expert_pairs", "difficult_tokens", "stability"} <= set(tables)
+    layer = result["model"]["routing"]["layers"][1]
+    rows = [row for row in tables["experts"] if row["model"] == "hmoe" and row["layer"] == "1"]
+    assert [float(row["load"]) for row in rows] == layer["load"]
+    assert [int(row["size"]) for row in rows] == [24, 8, 32, 16]
+    assert len(tables["expert_pairs"]) == 2 * 4 * 4
+    assert [row["step"] for row in tables["models"]] == ["", "", "100", "200"]
+    assert len(tables["stability"]) == 2 * 2 * 2
+
+
+def test_routes_of_a_checkpoint_closer_to_the_end_agree_more(report):
+    early, late = report[1]["stability"]["with_last"]
+    for before, after in zip(early["layers"], late["layers"]):
+        assert before["saturation"] < after["saturation"] <= 1
+
+
+def browser_complaints(path: Path, tmp_path: Path) -> list[str]:
+    """What a headless Chromium writes to its console when it opens a file."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=2000"]
+    command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "</html>" in done.stdout, done.stderr
+    return re.findall(r"CONSOLE.*", done.stderr)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: the report was parsed strictly but not opened")
+def test_report_opens_in_a_browser_without_complaints(report, tmp_path):
+    broken = tmp_path / "broken.html"
+    broken.write_text("<!DOCTYPE html><html><body><script>missing()</script></body></html>")
+    assert browser_complaints(broken, tmp_path), "the check itself does not see errors"
+    assert browser_complaints(report[0], tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["top_p", "mixtral", "olmoe"])
+def test_other_kinds_of_mixture_are_analysed_alone(name, model_folder, text_file, tmp_path, capsys):
+    arguments = [model_folder(name), "--data", str(text_file), "--window", "32", "--max_tokens", "2000"]
+    metric = ["--ground_metric", "embedding"] if name == "top_p" else []
+    assert main([*arguments, *metric, "--min_count", "3", "--output_dir", str(tmp_path)]) == 0
+    assert "parameters activated" in capsys.readouterr().out
+    parser = parse(tmp_path / "report.html")
+    assert 5 <= len(parser.images) < len(SECTIONS)
+    result = json.loads((tmp_path / "report.json").read_text())
+    per_token = result["model"]["routing"]["experts_per_token"]
+    assert per_token == {"mixtral": 2, "olmoe": 3}.get(name, per_token)
+    assert result["baseline"] is None and result["stability"] is None
+
+
+def test_a_dense_model_can_be_the_baseline_but_not_the_model(model_folder, text_file, tmp_path, capsys):
+    arguments = ["--data", str(text_file), "--window", "32", "--max_tokens", "1000", "--output_dir", str(tmp_path)]
+    assert main([model_folder("hmoe"), "--against", model_folder("llama"), *arguments]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["baseline"]["routing"] is None
+    assert main([model_folder("llama"), *arguments]) == 1
+    assert "not a mixture of experts" in capsys.readouterr().err
+
+
+def test_bad_input_is_refused_with_the_value_and_a_remedy(model_folder, text_file, tmp_path, capsys):
+    hmoe, good = model_folder("hmoe"), ["--data", str(text_file), "--output_dir", str(tmp_path)]
+    short, lines = tmp_path / "short.txt", tmp_path / "lines.jsonl"
+    short.write_text("Too short.")
+    lines.write_text('{"text": "fine"}\n{"question": "no text"}\n')
+    other = tmp_path / "other"
+    AutoModelForCausalLM.from_pretrained(hmoe).save_pretrained(other)
+    train_tokenizer("quite another text with other words " * 50).save_pretrained(other)
+    for arguments, words in (
+        ([hmoe, "--data", str(short)], "fewer than one window of 128"),
+        ([hmoe, "--data", str(lines)], "line 2: no field `text`"),
+        ([hmoe, "--data", str(tmp_path / "none.txt")], "no such file"),
+        ([hmoe, "--data", "table.csv"], "table.csv: no such file"),
+        ([hmoe, *good, "--against", str(other)], "different tokenizers"),
+        ([hmoe, *good, "--checkpoints", model_folder("top_p"), "--max_tokens", "500"], "one training run"),
+        ([hmoe, *good, "--window", "1"], "at least 2"),
+        ([hmoe, *good, "--dtype", "float31"], "'float31'"),
+        ([str(tmp_path / "nothing"), *good], "no tokenizer"),
+    ):
+        assert main(arguments) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_windows_are_cut_from_one_stream_and_documents_end_with_eos(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n\n{"text": "three"}\n')
+    (tmp_path / "b.txt").write_text("four\nfive\n" * 300)
+    documents = list(read_documents([tmp_path / "a.jsonl", tmp_path / "b.txt"], chunk_characters=100))
+    assert documents[:2] == ["one two", "three"]
+    assert len(documents) > 3 and "".join(documents[2:]) == "four\nfive\n" * 300
+    expected = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    rows = list(windows(documents, tokenizer, 16))
+    assert [token for row in rows for token in row] == expected[: len(expected) // 16 * 16]
+    assert len(list(windows(documents, tokenizer, 16, max_tokens=50))) == 3
+    assert [len(batch["input_ids"]) for batch in batches(rows[:5], 2)] == [2, 2, 1]
+
+
+def test_tokenizers_and_steps_are_recognised(tokenizer, tmp_path):
+    check_same_tokenizer(tokenizer, copy.deepcopy(tokenizer), ("a", "b"))
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 42}')
+    assert step_of(str(tmp_path)) == 42
+    assert step_of("runs/cpu/hmoe/checkpoint-600") == 600
+    assert step_of("runs/cpu/hmoe") is None
