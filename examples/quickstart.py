@@ -335,7 +335,7 @@ def peak_memory_gib() -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_steps", type=int, default=800, help="training steps (default: %(default)s)")
+    parser.add_argument("--max_steps", type=int, default=600, help="training steps (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     parser.add_argument("--no_benchmark", action="store_true", help="leave out PIQA and ARC-Easy")
     arguments = parser.parse_args()

@@ -33,13 +33,17 @@ class RouterLogits(tuple):
 
 
 def weighted_router_losses(
-    router_logits: RouterLogits, attention_mask: Tensor | None = None, *, global_batch: bool = False
+    router_logits: tuple[Tensor, ...],
+    router_index: tuple[Tensor, ...],
+    config: Any,
+    attention_mask: Tensor | None = None,
+    *,
+    global_batch: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the router losses weighted by the coefficients of the config, and each raw one."""
-    config = router_logits.config
     terms = router_losses(
         router_logits=router_logits,
-        router_index=router_logits.router_index,
+        router_index=router_index,
         expert_sizes=config.layer_expert_sizes,
         attention_mask=attention_mask,
         load_balancing_counts=config.load_balancing_counts,
@@ -54,7 +58,7 @@ def _with_own_loss(load_balancing_loss_func: Callable[..., Tensor | int]) -> Cal
     @functools.wraps(load_balancing_loss_func)
     def dispatch(gate_logits, num_experts=None, top_k=2, attention_mask=None):
         if isinstance(gate_logits, RouterLogits):
-            return weighted_router_losses(gate_logits, attention_mask)[0]
+            return weighted_router_losses(gate_logits, gate_logits.router_index, gate_logits.config, attention_mask)[0]
         return load_balancing_loss_func(gate_logits, num_experts, top_k, attention_mask)
 
     return dispatch

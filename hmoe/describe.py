@@ -2,6 +2,7 @@
 
 hmoe describe hmoe-0.4b
 hmoe describe runs/cpu/hmoe --context 4096 --batch_size 8
+hmoe describe hmoe-3b --num_ranks 4
 hmoe describe recipes/hmoe-3b.yaml --json
 """
 
@@ -13,6 +14,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hmoe.training.placement import describe_placement
 
 
 if TYPE_CHECKING:
@@ -332,6 +335,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--experts_per_token", type=float, help="mean number of experts that Top-P activates (default: 1, the least)"
     )
+    parser.add_argument(
+        "--num_ranks", type=int, help="also: how placements balance the experts on so many ranks (`ep_size`)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -349,18 +355,22 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             experts_per_token=args.experts_per_token,
         )
+        placement = None if args.num_ranks is None else describe_placement(config, args.num_ranks)
     except (ValueError, OSError) as error:
         print(f"hmoe describe: {error}", file=sys.stderr)
         return 1
     conditions = {"context": context, "batch_size": args.batch_size, "dtype": args.dtype}
     if args.json:
-        print(json.dumps({"name": args.model, **conditions, **result}, indent=2))
+        answer = {"name": args.model, **conditions, **result}
+        print(json.dumps(answer if placement is None else {**answer, "placement": placement.splitlines()}, indent=2))
         return 0
     text = (
         f"At {args.batch_size} x {context} tokens; inference in {args.dtype}, training states in float32. A multiply "
         "and an add are two FLOPs."
     )
     print(format_report(result, args.model, text))
+    if placement is not None:
+        print(f"\n{placement}")
     return 0
 
 

@@ -369,4 +369,6 @@ class HMoEExperts(nn.Module):
         return torch.tensor([run + [num_tiles] * (most - len(run)) for run in runs], device=device)
 
     def extra_repr(self) -> str:
-        return f"sizes={self.expert_sizes()}, tile={self.down_proj.shape[1]}, hidden_size={self.down_proj.shape[2]}"
+        # Of shapes no index is taken: DeepSpeed ZeRO-3 leaves parameters empty, and prints the model.
+        tiles = [end - start for start, end in zip(self.tile_offsets, self.tile_offsets[1:])]
+        return f"tiles={tiles}, gate_up_proj={list(self.gate_up_proj.shape)}, down_proj={list(self.down_proj.shape)}"

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -207,6 +208,13 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
     config_class = HMoEConfig
     _no_split_modules = ["HMoEDecoderLayer"]
     _can_record_outputs = {"hidden_states": HMoEDecoderLayer, "attentions": HMoEAttention}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, FSDPModule):
+            # FSDP2 gives a model a class of its own, whose name and code `save_pretrained` would write down.
+            wrapped = next(base for base in cls.__bases__ if base is not FSDPModule)
+            cls.__name__, cls.__module__ = wrapped.__name__, wrapped.__module__
 
     def __init__(self, config: HMoEConfig, *args, **kwargs):
         config.check()
@@ -476,7 +484,10 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
             lm_loss = loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if output_router_logits or trains_router:
             global_batch = trains_router and self.config.router_loss_scope == "global_batch"
-            aux_loss, terms = weighted_router_losses(outputs.router_logits, attention_mask, global_batch=global_batch)
+            # Hooks around the body, such as those of DeepSpeed ZeRO-3, rebuild tuples without their attributes.
+            aux_loss, terms = weighted_router_losses(
+                outputs.router_logits, outputs.router_index, self.config, attention_mask, global_batch=global_batch
+            )
         if trains_router:
             share = router_loss_share(
                 labels=labels,

@@ -36,13 +36,15 @@ class HMoEExpertParallel(EPImplementation):
 
     Where all ranks of the group hold the same batch (`ep_size == tp_size`) nothing is sent: each rank runs its own
     experts on it and an all-reduce adds the outputs. Unused Top-P slots are dropped before anything is sent.
-    `bytes_sent` counts what the last forward sent to other ranks, payload only.
+    `bytes_sent` of the experts module counts what its last forward sent to other ranks point to point: rows with their
+    routing there, and output rows back.
     """
 
     def __init__(self, experts, ep_mesh, tp_mesh):
         super().__init__(experts, ep_mesh, tp_mesh)
         self.num_experts = len(experts.tile_offsets) - 1
-        self.bytes_sent = 0
+        self.experts = experts
+        experts.bytes_sent = 0
         tiles_per_rank = experts.gate_up_proj.shape[0] // ep_mesh.size()
         offsets = torch.tensor(experts.tile_offsets)  # [E + 1], of the whole bank
         starts = torch.arange(ep_mesh.size()).unsqueeze(1) * tiles_per_rank  # [R, 1]
@@ -83,33 +85,36 @@ class HMoEExpertParallel(EPImplementation):
     def _dispatch(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         group = self.ep_mesh.get_group()
         needed = self.holds[:, top_k_index.clamp(max=self.num_experts)].any(dim=-1)  # [R, T]
-        _, token = needed.nonzero(as_tuple=True)  # by receiving rank
         send_counts = needed.sum(dim=1)  # [R]
         recv_counts = torch.empty_like(send_counts)
         dist.all_to_all_single(recv_counts, send_counts, group=group)
         send_sizes, recv_sizes = torch.stack([send_counts, recv_counts]).tolist()  # the one host synchronisation
+        token = torch.nonzero_static(needed, size=sum(send_sizes))[:, 1]  # by receiving rank
 
         rows, weights = (
             _Exchange.apply(tensor[token], send_sizes, recv_sizes, group) for tensor in (hidden_states, top_k_weights)
         )
-        index = top_k_index.new_empty(rows.shape[0], top_k_index.shape[1])
-        dist.all_to_all_single(index, top_k_index[token].contiguous(), recv_sizes, send_sizes, group=group)
+        sent_index = top_k_index[token].to(torch.int32)
+        index = sent_index.new_empty(rows.shape[0], top_k_index.shape[1])
+        dist.all_to_all_single(index, sent_index, recv_sizes, send_sizes, group=group)
         local_output = self.experts_forward(rows, *self._keep_local(index, weights))
         partial = _Exchange.apply(local_output, recv_sizes, send_sizes, group)
         self._count_bytes(send_sizes, recv_sizes, rows, index, weights)
-        return torch.zeros_like(hidden_states).index_add(0, token, partial.to(hidden_states.dtype))
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)  # as experts of one rank are added
+        output = torch.zeros_like(hidden_states, dtype=dtype).index_add(0, token, partial.to(dtype))
+        return output.to(hidden_states.dtype)
 
     def _keep_local(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of experts that have no tile here become unused."""
         local = self.holds[self.ep_mesh.get_local_rank()][index.clamp(max=self.num_experts)]
-        return torch.where(local, index, self.num_experts), torch.where(local, weights, 0)
+        return torch.where(local, index.long(), self.num_experts), torch.where(local, weights, 0)
 
     def _count_bytes(self, send_sizes: list[int], recv_sizes: list[int], *sent_with_row: Tensor) -> None:
         rank = self.ep_mesh.get_local_rank()
         per_row = sum(tensor.shape[1] * tensor.element_size() for tensor in sent_with_row)
         output_row = sent_with_row[0].shape[1] * sent_with_row[0].element_size()
-        self.bytes_sent = (sum(send_sizes) - send_sizes[rank]) * per_row
-        self.bytes_sent += (sum(recv_sizes) - recv_sizes[rank]) * output_row
+        sent, returned = sum(send_sizes) - send_sizes[rank], sum(recv_sizes) - recv_sizes[rank]
+        self.experts.bytes_sent = sent * per_row + returned * output_row
 
 
 EP_IMPLEMENTATION = "hmoe"

@@ -14,7 +14,7 @@ from .recipe import as_argv, merge, nearest, read_recipe, take_configs, take_dot
 
 
 # Mappings that a recipe may hold; one key of them is set with --NAME.KEY VALUE.
-MAPPINGS = ("model_config", *sorted(TrainingArguments._VALID_DICT_FIELDS))
+MAPPINGS = ("model_config", "distributed", *sorted(TrainingArguments._VALID_DICT_FIELDS))
 # Schedules that need no length.
 OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 

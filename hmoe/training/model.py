@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from hmoe.configuration_hmoe import HMoEConfig
@@ -86,10 +88,47 @@ def build_model(options: ModelOptions, config: Any) -> Any:
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
     if options.model_name_or_path is not None:
+        if options.distributed:
+            settings["distributed_config"] = build_distributed_config(options.distributed)
         return AutoModelForCausalLM.from_pretrained(options.model_name_or_path, config=config, **settings)
     if settings["dtype"] == "auto":
         del settings["dtype"]
-    return AutoModelForCausalLM.from_config(config, **settings)
+    model = AutoModelForCausalLM.from_config(config, **settings)
+    if options.distributed:
+        # Transformers shards only what it loads; every rank draws the weights of the seed and keeps its part of them.
+        weights, generation = model.state_dict(), model.generation_config
+        model = type(model).from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            distributed_config=build_distributed_config(options.distributed),
+            **settings,
+        )
+        model.generation_config = generation
+    return model
+
+
+def build_distributed_config(fields: Any) -> DistributedConfig:
+    """The `DistributedConfig` of Transformers.
+
+    Raises:
+        ValueError: for a field that it does not have, and if its sizes do not make the number of processes.
+    """
+    known = list(DistributedConfig.__dataclass_fields__)
+    for name in fields:
+        if name not in known:
+            nearest = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f", did you mean `{nearest[0]}`?" if nearest else ""
+            raise ValueError(f"`distributed` has no field `{name}`{hint}")
+    config = DistributedConfig(**fields)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.tp_size * config.dp_size * config.pp_size != processes:
+        raise ValueError(
+            f"`distributed`={dict(fields)}: fsdp_size x tp_size x dp_replicate_size x pp_size is "
+            f"{config.tp_size * config.dp_size * config.pp_size}, but {processes} processes run: start as many, or "
+            "change the sizes"
+        )
+    return config
 
 
 def add_lora(model: Any, options: LoraOptions) -> Any:

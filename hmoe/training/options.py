@@ -61,9 +61,17 @@ class ModelOptions:
     attn_implementation: str | None = _field(None, "sdpa, eager, flash_attention_2, flex_attention")
     experts_implementation: str | None = _field(None, "grouped_mm, eager, batched_mm, tiled_grouped_mm")
     trust_remote_code: bool = _field(False, "run the code that a checkpoint or tokenizer carries")
+    distributed: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "sharding by Transformers, fields of its DistributedConfig: fsdp_size, tp_size, ep_size; "
+            "--distributed.ep_size 2 sets one"
+        },
+    )
 
     def __post_init__(self) -> None:
         self.model_config = parse_mapping("model_config", self.model_config)
+        self.distributed = parse_mapping("distributed", self.distributed)
         named = [n for n in ("preset", "model_name_or_path", "model_type") if getattr(self, n)]
         if len(named) > 1:
             values = ", ".join(f"`{name}`={getattr(self, name)!r}" for name in named)

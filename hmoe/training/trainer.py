@@ -44,6 +44,7 @@ from .checkpointing import (
 )
 from .flops import ForwardFlops, forward_flops
 from .metrics import RouterMetrics, RouterWindow, summarise
+from .sharded import checkpoints_allowed, is_sharded, load_states, load_weights, save_states
 
 
 logger = logging.get_logger(__name__)
@@ -74,7 +75,8 @@ class HMoETrainer(Trainer):
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any):
         if args is not None:
             check_writable(args.output_dir)
-        super().__init__(model, args, *rest, **kwargs)
+        with checkpoints_allowed(model, args):
+            super().__init__(model, args, *rest, **kwargs)
         self.router_window: RouterWindow | None = None
         self.card_info: dict[str, Any] = {}
         self._metrics = RouterMetrics()
@@ -317,6 +319,24 @@ class HMoETrainer(Trainer):
         if self.args.should_save:
             self._note_callback_states()
             self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):
+            save_states(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if is_sharded(self.model):
+            load_states(self, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_sharded(self.model):
+            load_weights(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _note_best_checkpoint(self, run_dir: Path) -> None:
         best = self.state.best_global_step
