@@ -4,6 +4,7 @@ hmoe describe hmoe-0.4b
 hmoe describe runs/cpu/hmoe --context 4096 --batch_size 8
 hmoe describe hmoe-3b --num_ranks 4
 hmoe describe recipes/hmoe-3b.yaml --json
+hmoe describe mistralai/Mixtral-8x7B-v0.1
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +30,12 @@ TRAINING_BYTES_PER_PARAMETER = 16
 
 @dataclass(frozen=True)
 class Description:
-    """Sizes and costs of one model; [`describe`] makes it.
+    """Sizes and costs of one model; [`describe`] makes it, [`hmoe.describe_stock.describe_stock`] for other types.
 
     Attributes:
-        layer_sizes: neurons of the experts, per layer.
-        tile_size, num_tiles: neurons of a tile; tiles of a layer, per layer.
+        layer_sizes: neurons of the experts, per layer that has some.
+        tile_size, num_tiles: neurons of a tile; tiles of a layer, per layer; None and empty for other types.
+        routing: `top_k`, `top_p` or `dense`.
         parameters, expert_parameters: all of them; those of experts.
         activated, activated_min, activated_max: parameters one token uses: at equal load, the least, the most.
         activated_inverse_size: at a load proportional to 1 / size, where the parameter penalty (HMoE Eq. 4) pulls.
@@ -47,7 +50,7 @@ class Description:
     """
 
     layer_sizes: list[list[int]]
-    tile_size: int
+    tile_size: int | None
     num_tiles: list[int]
     routing: str
     experts_per_token: float
@@ -94,10 +97,13 @@ def describe(
     layer_sizes = config.layer_expert_sizes
     counts = count_parameters(config, load=[[per_token / len(sizes)] * len(sizes) for sizes in layer_sizes])
     inverse = count_parameters(config, load=[inverse_size_load(sizes, per_token) for sizes in layer_sizes])
-    activations = _activation_elements(config, context, batch_size, per_token)
+    ffn_elements = [2 * per_token * sum(sizes) / len(sizes) for sizes in layer_sizes]  # gate and up projections
+    activations = activation_elements(
+        config.hidden_size, config.vocab_size, _attention_widths(config), ffn_elements, batch_size * context
+    )
     return Description(
         layer_sizes=layer_sizes,
-        tile_size=config.expert_tile_size,  # type: ignore[arg-type]
+        tile_size=config.expert_tile_size,
         num_tiles=[sum(sizes) // config.expert_tile_size for sizes in layer_sizes],  # type: ignore[operator]
         routing=config.routing,
         experts_per_token=per_token,
@@ -144,14 +150,19 @@ def inverse_size_load(sizes: list[int], experts_per_token: float) -> list[float]
     return load
 
 
-def _check_arguments(
-    config: HMoEConfig, context: int, batch_size: int, dtype: str, experts_per_token: float | None
-) -> None:
+def check_sizes(context: int, batch_size: int, dtype: str) -> None:
+    """Refuses sizes below 1 and unknown dtypes with a `ValueError`."""
     if dtype not in BYTES:
         raise ValueError(f"`dtype` must be one of {list(BYTES)}, got {dtype!r}")
     for name, value in (("context", context), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
+
+
+def _check_arguments(
+    config: HMoEConfig, context: int, batch_size: int, dtype: str, experts_per_token: float | None
+) -> None:
+    check_sizes(context, batch_size, dtype)
     if experts_per_token is None:
         return
     if config.routing != "top_p":
@@ -190,26 +201,29 @@ def _cache_bytes(config: HMoEConfig, context: int, batch_size: int, dtype: str) 
     return 2 * BYTES[dtype] * batch_size * keys * config.num_hidden_layers * _attention_widths(config)[1]
 
 
-def _activation_elements(config: HMoEConfig, context: int, batch_size: int, per_token: float) -> tuple[int, int]:
-    """Elements kept for backward: without checkpointing, and with (each layer's input, and one layer at a time)."""
-    query_width, key_width = _attention_widths(config)
-    # Two norms keep input, normalised input and output; attention keeps q, k, v and its output; the experts keep
-    # their gate and up projections.
-    layers = [
-        6 * config.hidden_size + 2 * query_width + 2 * key_width + 2 * per_token * sum(sizes) / len(sizes)
-        for sizes in config.layer_expert_sizes
-    ]
-    head = 3 * config.hidden_size + 2 * config.vocab_size
-    tokens = batch_size * context
+def activation_elements(
+    hidden_size: int, vocab_size: int, attention_widths: tuple[int, int], ffn_elements: Sequence[float], tokens: int
+) -> tuple[int, int]:
+    """Elements kept for backward: without checkpointing, and with (each layer's input, and one layer at a time).
+
+    Args:
+        attention_widths: of queries and of keys.
+        ffn_elements: per layer, what FFN or experts keep of a token.
+    """
+    query_width, key_width = attention_widths
+    # Two norms keep input, normalised input and output; attention keeps q, k, v and its output.
+    layers = [6 * hidden_size + 2 * query_width + 2 * key_width + kept for kept in ffn_elements]
+    head = 3 * hidden_size + 2 * vocab_size
     whole = tokens * (sum(layers) + head)
-    return round(whole), round(tokens * (config.num_hidden_layers * config.hidden_size + max(layers) + head))
+    return round(whole), round(tokens * (len(layers) * hidden_size + max(layers) + head))
 
 
-def load_config(source: str) -> HMoEConfig:
-    """The config of a preset, a model folder or Hub id, a `config.json`, or a training recipe (YAML).
+def load_config(source: str) -> Any:
+    """The config of a preset, a model folder or Hub id, a `config.json`, or a training recipe (YAML): an `HMoEConfig`,
+    or that of one of the types that [`hmoe.describe_stock`] knows.
 
     Raises:
-        ValueError: for a source that is none of these, or a model of another type.
+        ValueError: for a source that is none of these, or a model of a type that cannot be described.
     """
     from hmoe.configuration_hmoe import PRESETS, HMoEConfig
 
@@ -226,12 +240,19 @@ def load_config(source: str) -> HMoEConfig:
 
     try:
         config = AutoConfig.from_pretrained(str(path) if path.exists() else source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{source}: no config could be read from it: {error}") from error
-    if not isinstance(config, HMoEConfig):
+    return _known_type(config, source)
+
+
+def _known_type(config: Any, source: str) -> Any:
+    from .describe_stock import described_types
+
+    known = ("hmoe", *described_types())
+    if config.model_type not in known:
         raise ValueError(
-            f"{source} is a model of type {config.model_type!r}; `hmoe describe` knows 'hmoe'. `hmoe convert` makes "
-            "one of Mixtral, Qwen3-MoE, OLMoE and dense models"
+            f"{source} is a model of type {config.model_type!r}; `hmoe describe` knows {', '.join(known)}: describe "
+            "the nearest of them with its sizes"
         )
     return config
 
@@ -240,24 +261,30 @@ def _could_be_hub_id(source: str) -> bool:
     return source.count("/") == 1 and source[0] not in "./~" and not source.endswith("/")
 
 
-def _config_of_recipe(path: Path) -> HMoEConfig:
-    import yaml
+def _config_of_recipe(path: Path) -> Any:
+    from hmoe.training.arguments import known_fields
+    from hmoe.training.model import build_config
+    from hmoe.training.options import ModelOptions
+    from hmoe.training.recipe import read_recipe
 
-    from hmoe.configuration_hmoe import HMoEConfig
-
-    if not path.is_file():
-        raise ValueError(f"{path}: no such recipe")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    recipe = recipe if isinstance(recipe, dict) else {}
-    section = recipe.get("model") if isinstance(recipe.get("model"), dict) else recipe
-    preset, overrides = section.get("preset"), section.get("model_config") or {}  # type: ignore[union-attr]
-    if preset is None:
-        raise ValueError(f"{path}: the recipe names no `preset`, so there is no HMoE config in it to describe")
-    return HMoEConfig.from_preset(preset, **overrides)
+    recipe = read_recipe(path, known_fields())
+    names = {field.name for field in fields(ModelOptions)}
+    options = ModelOptions(**{name: value for name, value in recipe.items() if name in names})
+    if options.model_type is not None and "vocab_size" not in (options.model_config or {}):
+        size = recipe.get("train_tokenizer")
+        if size is None:
+            raise ValueError(f"{path}: only the tokenizer tells the vocabulary: set `model_config.vocab_size`")
+        options.model_config = {**(options.model_config or {}), "vocab_size": size}  # type: ignore[dict-item]
+    return _known_type(build_config(options, None), str(path))
 
 
-def report(config: HMoEConfig, **options: Any) -> dict[str, Any]:
-    """The description of a model and of its homogeneous twin, as plain numbers; `twin` is None where they are one."""
+def report(config: Any, **options: Any) -> dict[str, Any]:
+    """The description of a model and of its homogeneous twin, as plain numbers; `twin` is None where they are one, and
+    for other types than HMoE, whose experts have one size."""
+    if config.model_type != "hmoe":
+        from .describe_stock import describe_stock
+
+        return {"model": asdict(describe_stock(config, **options)), "twin": None}
     twin = homogeneous_twin(config)
     same = twin.layer_expert_sizes == config.layer_expert_sizes
     return {
@@ -286,17 +313,7 @@ def _layers_text(layers: list[Any]) -> str:
 
 def _rows(item: dict[str, Any]) -> dict[str, str]:
     assumed = " assumed" if item["routing"] == "top_p" else ""
-    return {
-        "expert sizes [neurons]": _layers_text(item["layer_sizes"]),
-        "total width [neurons]": _layers_text([sum(sizes) for sizes in item["layer_sizes"]]),
-        "tile size [neurons]": str(item["tile_size"]),
-        "tiles per layer": _layers_text(item["num_tiles"]),
-        "routing": f"{item['routing']}, {item['experts_per_token']:g} experts per token{assumed}",
-        "parameters": _count(item["parameters"]),
-        "  of experts": _count(item["expert_parameters"]),
-        "activated per token, equal load": f"{_count(item['activated'])} ({item['activated_ratio']:.1%} of experts)",
-        "  load ~ 1 / size": f"{_count(item['activated_inverse_size'])} ({item['activated_ratio_inverse_size']:.1%})",
-        "  least .. most": f"{_count(item['activated_min'])} .. {_count(item['activated_max'])}",
+    costs = {
         "forward FLOPs per token": _count(item["flops_per_token"]),
         "training FLOPs per token": _count(3 * item["flops_per_token"]),
         "inference: weights": _bytes(item["weight_bytes"]),
@@ -304,6 +321,24 @@ def _rows(item: dict[str, Any]) -> dict[str, str]:
         "training: weights, gradients, AdamW": _bytes(item["train_state_bytes"]),
         "training: activations (estimate)": _bytes(item["activation_bytes"]),
         "  with gradient checkpointing": _bytes(item["activation_bytes_checkpointing"]),
+    }
+    if item["routing"] == "dense":
+        return {"parameters, all activated": _count(item["parameters"]), **costs}
+    tiles = {}
+    if item["tile_size"]:
+        tiles["tile size [neurons]"] = str(item["tile_size"])
+        tiles["tiles per layer"] = _layers_text(item["num_tiles"])
+    return {
+        "expert sizes [neurons]": _layers_text(item["layer_sizes"]),
+        "total width [neurons]": _layers_text([sum(sizes) for sizes in item["layer_sizes"]]),
+        **tiles,
+        "routing": f"{item['routing']}, {item['experts_per_token']:g} experts per token{assumed}",
+        "parameters": _count(item["parameters"]),
+        "  of experts": _count(item["expert_parameters"]),
+        "activated per token, equal load": f"{_count(item['activated'])} ({item['activated_ratio']:.1%} of experts)",
+        "  load ~ 1 / size": f"{_count(item['activated_inverse_size'])} ({item['activated_ratio_inverse_size']:.1%})",
+        "  least .. most": f"{_count(item['activated_min'])} .. {_count(item['activated_max'])}",
+        **costs,
     }
 
 
@@ -318,7 +353,7 @@ def format_report(result: dict[str, Any], name: str, conditions: str) -> str:
         cells = "".join(f"  {column[label]:<{width}}" for column, width in zip(columns, widths))
         lines.append(f"{label:<{label_width}}{cells}")
     lines += ["", conditions]
-    if result["twin"] is None:
+    if result["twin"] is None and result["model"]["routing"] != "dense":
         lines.append("All experts of a layer have one size: the model is its own homogeneous twin.")
     return "\n".join(line.rstrip() for line in lines)
 
@@ -355,6 +390,8 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             experts_per_token=args.experts_per_token,
         )
+        if args.num_ranks is not None and config.model_type != "hmoe":
+            raise ValueError(f"--num_ranks is for HMoE, and this is {config.model_type!r}: see `hmoe convert`")
         placement = None if args.num_ranks is None else describe_placement(config, args.num_ranks)
     except (ValueError, OSError) as error:
         print(f"hmoe describe: {error}", file=sys.stderr)

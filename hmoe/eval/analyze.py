@@ -2,6 +2,7 @@
 
 hmoe analyze runs/cpu/hmoe --against runs/cpu/moe --data held_out.txt --output_dir runs/report
 hmoe analyze runs/cpu/hmoe --checkpoints runs/cpu/hmoe/checkpoint-* --data held_out.txt
+hmoe analyze runs/cpu/hmoe --peft runs/lora --against runs/cpu/hmoe --data held_out.txt
 hmoe analyze allenai/OLMoE-1B-7B-0924 --data articles.jsonl --max_tokens 200000 --dtype bfloat16
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .loading import Loader, Source
     from .routing import RoutingStatistics
     from .stability import RouteSample
     from .tokens import TokenLosses, TokenRoutes
@@ -37,16 +39,28 @@ class Settings:
     ground_metric: str = "discrete"
     device: str | None = None
     dtype: str = "float32"
+    peft: str | None = None
+    trust_remote_code: bool = False
     progress: bool = True
+
+    @property
+    def loader(self) -> Loader:
+        from .loading import Loader
+
+        return Loader(self.dtype, self.device, self.trust_remote_code)
 
 
 @dataclass
 class ModelRun:
-    """One model after its pass over the text; a dense one has no routes."""
+    """One model after its pass over the text; a dense one has no routes.
+
+    `scores` are those of [`hmoe.metrics.held_out_metrics`].
+    """
 
     name: str
     model_type: str
     parameters: int
+    scores: dict[str, float]
     losses: TokenLosses
     routing: RoutingStatistics | None
     routes: TokenRoutes | None
@@ -54,14 +68,11 @@ class ModelRun:
     embedding: Tensor | None
 
     def summary(self) -> dict[str, Any]:
-        import math
-
         return {
             "name": self.name,
             "model_type": self.model_type,
             "parameters": self.parameters,
-            "loss": self.losses.mean,
-            "perplexity": math.exp(self.losses.mean),
+            **{name: self.scores[name] for name in ("loss", "perplexity", "accuracy")},
             "predicted_tokens": int(self.losses.count.sum()),
             "routing": None if self.routing is None else self.routing.summary(),
         }
@@ -78,38 +89,41 @@ def analyze(
     """All numbers of the report, as plain values; each model reads the text once, one model in memory at a time.
 
     Args:
-        model, baseline: folders or Hub ids; the baseline may be dense.
+        model, baseline: folders or Hub ids; the baseline may be dense. `settings.peft` is an adapter on the model.
         data: `.txt` and `.jsonl` files.
-        checkpoints: of the model's training, in order; the model itself is added as the last.
+        checkpoints: of the model's training, in order; the model itself is added as the last. With `settings.peft`
+            they may be adapters on the model.
 
     Raises:
         ValueError: for a model that is no mixture of experts, text shorter than a window, tokenizers that differ, or
             checkpoints of other models.
     """
+    from .loading import find_sources
     from .observe import read_documents, windows
     from .stability import stability
 
     settings = settings or Settings()
     _check(settings)
-    tokenizer = _load_tokenizer(model)
-    others = [*checkpoints, *([baseline] if baseline else [])]
-    _check_tokenizers(model, tokenizer, baseline, checkpoints)
-    window = settings.window or min(512, _context(model), *map(_context, others))
+    source, against_source, earlier = find_sources(model, settings.peft, baseline, checkpoints)
+    others = [*earlier, *([against_source] if against_source else [])]
+    tokenizer = settings.loader.tokenizer(source)
+    _check_tokenizers(settings.loader, tokenizer, source, against_source, earlier)
+    window = settings.window or min(512, *map(settings.loader.context, [source, *others]))
 
     def rows() -> Iterator[list[int]]:
         return windows(read_documents(data), tokenizer, window, settings.max_tokens)
 
     next(rows())  # text that is too short is refused before a model is loaded
-    whole = _run(model, rows, settings, wants=("routes", "sample") if checkpoints else ("routes",), window=window)
-    against = _run(baseline, rows, settings, wants=(), window=window) if baseline else None
-    runs = [_run(folder, rows, settings, wants=("sample",), window=window) for folder in checkpoints]
+    whole = _run(source, rows, settings, wants=("routes", "sample") if earlier else ("routes",))
+    against = _run(against_source, rows, settings, wants=()) if against_source else None
+    runs = [_run(checkpoint, rows, settings, wants=("sample",)) for checkpoint in earlier]
     history = [*runs, whole] if runs else []
     return {
         "settings": {"data": [str(path) for path in data], "window": window, **_plain_settings(settings)},
-        "model": _checkpoint_summary(whole, model),
+        "model": _checkpoint_summary(whole, source),
         "baseline": None if against is None else against.summary(),
         "tokens": _token_results(whole, against, tokenizer, settings),
-        "checkpoints": [_checkpoint_summary(run, path) for run, path in zip(history, [*checkpoints, model])],
+        "checkpoints": [_checkpoint_summary(run, place) for run, place in zip(history, [*earlier, source])],
         "stability": stability([run.name for run in history], [run.sample for run in history]) if history else None,  # type: ignore[misc]
     }
 
@@ -125,41 +139,28 @@ def _check(settings: Settings) -> None:
 
 
 def _plain_settings(settings: Settings) -> dict[str, Any]:
-    names = ("batch_size", "max_tokens", "min_count", "ground_metric", "dtype")
+    names = ("batch_size", "max_tokens", "min_count", "ground_metric", "dtype", "peft")
     return {name: getattr(settings, name) for name in names}
 
 
-def _load_tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    import hmoe  # noqa: F401  (registers the model type)
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{model}: no tokenizer could be loaded from it: {error}") from error
-
-
-def _context(model: str) -> int:
-    from transformers import AutoConfig
-
-    return getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None) or 512
-
-
-def _check_tokenizers(model: str, tokenizer: Any, baseline: str | None, checkpoints: Sequence[str]) -> None:
+def _check_tokenizers(
+    loader: Loader, tokenizer: Any, source: Source, baseline: Source | None, earlier: Sequence[Source]
+) -> None:
     from .observe import check_same_tokenizer
 
-    for other in [*([baseline] if baseline else []), *checkpoints]:
+    for other in [*([baseline] if baseline else []), *earlier]:
         # Trainers need not save the tokenizer beside every checkpoint.
-        if other != baseline and Path(other).is_dir() and not list(Path(other).glob("tokenizer*")):
+        if other != baseline and Path(other.model).is_dir() and not list(Path(other.model).glob("tokenizer*")):
             continue
-        check_same_tokenizer(tokenizer, _load_tokenizer(other), (model, other))
+        check_same_tokenizer(tokenizer, loader.tokenizer(other), (source.model, other.model))
 
 
 def _run(
-    folder: str, rows: Callable[[], Iterator[list[int]]], settings: Settings, *, wants: Sequence[str], window: int
+    source: Source, rows: Callable[[], Iterator[list[int]]], settings: Settings, *, wants: Sequence[str]
 ) -> ModelRun:
     from transformers.utils import logging
+
+    from hmoe.metrics import held_out_metrics
 
     from .observe import batches, observe
     from .routers import architecture, routed_layers
@@ -168,46 +169,34 @@ def _run(
     from .tokens import TokenLosses, TokenRoutes
 
     logging.disable_progress_bar()
-    network = _load_model(folder, settings)
+    network = settings.loader.network(source)
     shape = architecture(network) if wants or routed_layers(network) else None
     vocab_size = network.config.get_text_config().vocab_size
-    losses = TokenLosses(vocab_size)
+    scores, losses = held_out_metrics(), TokenLosses(vocab_size)
     routing = RoutingStatistics(shape) if shape else None
     routes = TokenRoutes(shape, vocab_size) if shape and "routes" in wants else None
     sample = (
         RouteSample(list(map(len, shape.sizes)), settings.stability_tokens) if shape and "sample" in wants else None
     )
-    with _progress(Path(folder).name, settings) as bar:
+    with _progress(source.name, settings) as bar:
         for seen in observe(network, batches(rows(), settings.batch_size)):
+            scores.add_batch(**seen.scored())
             for sums in (losses, routing, routes, sample):
                 if sums is not None:
                     sums.update(seen)
             bar.update(seen.input_ids.numel())
     embedding = network.get_input_embeddings().weight.detach().float().cpu()
     return ModelRun(
-        name=Path(folder).name,
+        name=source.name,
         model_type=network.config.model_type,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        scores=scores.compute(),
         losses=losses,
         routing=routing,
         routes=routes,
         sample=sample,
         embedding=embedding if settings.ground_metric == "embedding" and routes is not None else None,
     )
-
-
-def _load_model(folder: str, settings: Settings) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        dtype = getattr(torch, settings.dtype)
-    except AttributeError:
-        raise ValueError(
-            f"`dtype` must name a torch dtype such as float32 or bfloat16, got {settings.dtype!r}"
-        ) from None
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
 def _progress(name: str, settings: Settings) -> Any:
@@ -222,10 +211,10 @@ def _progress(name: str, settings: Settings) -> Any:
     )
 
 
-def _checkpoint_summary(run: ModelRun, path: str) -> dict[str, Any]:
+def _checkpoint_summary(run: ModelRun, source: Source) -> dict[str, Any]:
     from .observe import step_of
 
-    return {**run.summary(), "path": path, "step": step_of(path)}
+    return {**run.summary(), "path": source.path, "step": step_of(source.path)}
 
 
 def _token_results(run: ModelRun, baseline: ModelRun | None, tokenizer: Any, settings: Settings) -> dict[str, Any]:
@@ -318,6 +307,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".txt files, or .jsonl with `text`")
     parser.add_argument("--against", metavar="BASELINE", help="a model with the same tokenizer, MoE or dense")
     parser.add_argument("--checkpoints", nargs="+", default=[], help="earlier checkpoints of the same run, in order")
+    parser.add_argument(
+        "--peft",
+        metavar="ADAPTER",
+        help="a PEFT adapter on the model, folder or Hub id; --checkpoints may then be adapters too",
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code that comes with the checkpoints; HMoE needs none"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/analysis"), help="default: %(default)s")
     parser.add_argument("--window", type=int, help="tokens read at once (default: 512, or the model's context)")
     parser.add_argument("--batch_size", type=int, default=8, help="windows at once (default: %(default)s)")

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hmoe.metrics import IGNORED_LABEL, score_tokens
 
 from .routers import RouterTap
 
@@ -25,6 +26,7 @@ class Observation:
     Attributes:
         input_ids: [B, S].
         mask: [B, S], False at padding.
+        predictions: [B, S], the most probable id of each token given those before it.
         loss: [B, S], cross-entropy in nats of each token given those before it; NaN for the first token of a row and
             for padding.
         logits: per MoE layer, router logits [T, E]; none for a dense model.
@@ -33,9 +35,15 @@ class Observation:
 
     input_ids: Tensor
     mask: Tensor
+    predictions: Tensor
     loss: Tensor
     logits: list[Tensor]
     index: list[Tensor]
+
+    def scored(self) -> dict[str, Tensor]:
+        """Inputs of [`hmoe.metrics.held_out_metrics`]: predicted and true ids and losses, [B, S] each."""
+        references = self.input_ids.masked_fill(self.loss.isnan(), IGNORED_LABEL)
+        return {"predictions": self.predictions, "references": references, "losses": self.loss}
 
 
 @torch.no_grad()
@@ -56,19 +64,17 @@ def observe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[
             input_ids = batch["input_ids"].to(device)
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(device)
             outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-            loss = token_losses(outputs.logits, input_ids, mask.bool())
-            yield Observation(input_ids, mask.bool(), loss, logits, index)
+            predictions, loss = score_tokens(outputs.logits, input_ids)
+            loss = loss.masked_fill(~predicted(mask.bool()), torch.nan)
+            yield Observation(input_ids, mask.bool(), predictions, loss, logits, index)
 
 
-def token_losses(logits: Tensor, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy [B, S] of each token under the `logits` [B, S, V] of the position before it, as in
-    [`Observation`]."""
-    loss = torch.full(input_ids.shape, torch.nan, dtype=torch.float32, device=input_ids.device)
-    for row in range(input_ids.shape[0]):  # one row at a time: a float32 copy of all logits can be large
-        loss[row, 1:] = F.cross_entropy(logits[row, :-1].float(), input_ids[row, 1:], reduction="none")
+def predicted(mask: Tensor) -> Tensor:
+    """[B, S], whether a token of `mask` [B, S] follows another one of its row, which predicts it."""
     known = mask.clone()
+    known[:, 0] = False
     known[:, 1:] &= mask[:, :-1]
-    return loss.masked_fill(~known, torch.nan)
+    return known
 
 
 def read_documents(paths: Iterable[str | Path], chunk_characters: int = 1 << 20) -> Iterator[str]:

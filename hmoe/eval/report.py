@@ -132,6 +132,7 @@ def headline(result: dict[str, Any]) -> str:
         if run is None:
             continue
         line = f"{run['name']}: loss {run['loss']:.4f} nats, perplexity {run['perplexity']:.2f}"
+        line += f", next-token accuracy {run['accuracy']:.1%}"
         if run["routing"]:
             routing = run["routing"]
             line += (
@@ -205,6 +206,7 @@ def _models_table(result: dict[str, Any]) -> str:
                 role,
                 f"{run['loss']:.4f}",
                 f"{run['perplexity']:.2f}",
+                f"{run['accuracy']:.2%}",
                 f"{run['parameters']:,}",
                 f"{routing['activated_parameters']:,.0f}" if routing else "all",
                 f"{routing['activated_ratio']:.2%}" if routing else "-",
@@ -212,8 +214,8 @@ def _models_table(result: dict[str, Any]) -> str:
                 str(dead) if routing else "-",
             ]
         )
-    header = ["name", "role", "loss [nats]", "perplexity", "parameters", "activated per token", "of expert parameters"]
-    return _html_table([*header, "experts per token", "dead experts"], rows)
+    header = ["name", "role", "loss [nats]", "perplexity", "next-token accuracy", "parameters", "activated per token"]
+    return _html_table([*header, "of expert parameters", "experts per token", "dead experts"], rows)
 
 
 def _reductions_table(result: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def _models(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
         row = {
             "model": name,
             "step": run.get("step"),
-            **{key: run[key] for key in ("model_type", "parameters", "loss")},
+            **{key: run[key] for key in ("model_type", "parameters", "loss", "perplexity", "accuracy")},
         }
         yield row | {key: (run["routing"] or {}).get(key) for key in whole}
 

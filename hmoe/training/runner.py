@@ -52,6 +52,7 @@ class Run:
         if arguments.lora.lora:
             model = add_lora(model, arguments.lora)
         self._plan_steps(forward_flops(model, args.flops_convention))
+        metrics = self._held_out_metrics()
         self.trainer = HMoETrainer(
             model=model,
             args=args,
@@ -60,6 +61,7 @@ class Run:
             eval_dataset=self.data.validation,
             processing_class=self.tokenizer,
             callbacks=self._budgets(model),
+            **metrics,
         )
 
     def _is_resuming(self) -> bool:
@@ -93,6 +95,15 @@ class Run:
                 f"`eval_strategy`={getattr(strategy, 'value', strategy)!r} but there are no validation data: give "
                 "`validation_fraction` or `validation_dataset`"
             )
+
+    def _held_out_metrics(self) -> dict[str, Any]:
+        """What `Trainer` needs to report next-token accuracy and perplexity, batch by batch."""
+        if self.data.validation is None:
+            return {}
+        from hmoe.metrics import NextTokenMetrics, score_tokens
+
+        self.arguments.training.batch_eval_metrics = True
+        return {"compute_metrics": NextTokenMetrics(), "preprocess_logits_for_metrics": score_tokens}
 
     def _plan_steps(self, flops: ForwardFlops) -> None:
         """Sets `max_steps` from the budgets; conversations vary in length, so there the callback alone counts."""
@@ -181,7 +192,9 @@ class Run:
             "processes": self.arguments.training.world_size,
             "losses": window.mean_losses() if window else {},
             "load": window.load() if window else None,
-            "evaluation": {name: metrics[name] for name in ("eval_loss", "eval_perplexity") if name in metrics},
+            "evaluation": {
+                name: metrics[name] for name in ("eval_loss", "eval_perplexity", "eval_accuracy") if name in metrics
+            },
             "data": [part.sentence() for part in self.data.parts],
             "datasets": [part.source.path for part in self.data.parts if part.source.is_on_hub],
             "recipe": self.arguments.recipe,

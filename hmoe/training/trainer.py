@@ -202,7 +202,7 @@ class HMoETrainer(Trainer):
             prefix = kwargs.get("metric_key_prefix", "eval")
             loss = losses["lm_loss"]
             output.metrics[f"{prefix}_loss"] = loss
-            output.metrics[f"{prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
+            output.metrics.setdefault(f"{prefix}_perplexity", math.exp(loss) if loss < 700 else math.inf)
         return output
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

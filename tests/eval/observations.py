@@ -21,6 +21,7 @@ def random_observation(routing: str, rows: int = 3, length: int = 12, seed: int 
     mask[0, :4] = False
     mask[-1, -3:] = False
     loss = torch.rand(rows, length, generator=generator) * 14
+    predictions = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed + 1))
     known = mask.clone()
     known[:, 0] = False
     known[:, 1:] &= mask[:, :-1]
@@ -30,7 +31,7 @@ def random_observation(routing: str, rows: int = 3, length: int = 12, seed: int 
         probability = scores.softmax(-1)
         logits.append(scores)
         index.append((route_top_k(probability, 2) if routing == "top_k" else route_top_p(probability, 0.6))[1])
-    return Observation(ids, mask, loss.masked_fill(~known, torch.nan), logits, index)
+    return Observation(ids, mask, predictions, loss.masked_fill(~known, torch.nan), logits, index)
 
 
 def tokens_of(observation: Observation) -> list[int]:

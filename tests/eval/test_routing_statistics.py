@@ -53,6 +53,9 @@ def test_every_statistic_of_a_layer_equals_a_loop_over_its_tokens(routing):
         assert layer["max_over_min"] == max(counts) / min(counts)
         for slot, row in enumerate(layer["choices"]):
             assert row == [choices.get((slot, expert), 0) for expert in range(len(sizes))]
+            # MoDSE Tables 7-8: tokens of the busiest expert over those of the idlest, first and second choices apart.
+            ratio = max(row) / min(row) if min(row) else None
+            assert layer["max_over_min_by_choice"][slot] == ratio
         for number_chosen, share in enumerate(layer["num_experts_histogram"]):
             assert share == pytest.approx(histogram.get(number_chosen, 0) / tokens)
         for (i, j), count in together.items():

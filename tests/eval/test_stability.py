@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def rerouted(observation: Observation, seed: int, routing: str) -> Observation:
     other = random_observation(routing, seed=seed)
     keep = torch.rand(observation.index[0].shape[0], 1) < 0.5
     index = [torch.where(keep, ours, theirs) for ours, theirs in zip(observation.index, other.index)]
-    return Observation(observation.input_ids, observation.mask, observation.loss, observation.logits, index)
+    return replace(observation, index=index)
 
 
 def sample(*observations: Observation, max_tokens: int = 1000) -> RouteSample:
@@ -57,7 +59,7 @@ def test_equal_counts_can_hide_that_every_token_moved():
     samples = []
     for index in routes:
         routes_seen = RouteSample([2])
-        routes_seen.update(Observation(ids, mask, torch.full((1, 4), torch.nan), [], [index]))
+        routes_seen.update(Observation(ids, mask, ids, torch.full((1, 4), torch.nan), [], [index]))
         samples.append(routes_seen)
     (layer,) = agreement(*samples)
     assert layer["first_choice"] == 0.0

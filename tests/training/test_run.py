@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -111,7 +112,16 @@ def test_twins_of_other_types_train_through_the_same_command(corpus, tmp_path, m
     assert main(command(corpus, tmp_path, fields, *more, model=("--model_type", model_type))) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == model_type
     results = json.loads((tmp_path / "all_results.json").read_text())
-    assert results["eval_loss"] > 0
+    assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]), rel=1e-4)
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_accuracy" in entry] == [3, 6, 6]
+
+
+def test_the_loss_alone_can_be_evaluated(corpus, tmp_path):
+    more = ["--validation_fraction", "0.2", "--max_steps", "1", "--prediction_loss_only", "true"]
+    assert main(command(corpus, tmp_path, HMOE, *more)) == 0
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert "eval_perplexity" in results and "eval_accuracy" not in results
 
 
 def test_a_checkpoint_is_continued_from(trained, corpus, tmp_path):

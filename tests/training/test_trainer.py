@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hmoe import count_parameters
+from hmoe.metrics import NextTokenMetrics, score_tokens
 from hmoe.training.flops import forward_flops
 from hmoe.training.metrics import RouterMetrics, summarise
 
@@ -244,9 +245,12 @@ def run_padded(folder, accumulation, **arguments):
         gradient_accumulation_steps=accumulation,
         **arguments,
     )
+    trainer.compute_metrics, trainer.preprocess_logits_for_metrics = NextTokenMetrics(), score_tokens
+    trainer.args.batch_eval_metrics = True
     trainer.train()
     metrics = trainer.evaluate(padded_data(9))
-    return {"logs": training_logs(trainer), "eval": metrics["eval_loss"], "load": trainer.router_window.load()}
+    evaluation = {name: metrics[f"eval_{name}"] for name in ("loss", "accuracy", "perplexity")}
+    return {"logs": training_logs(trainer), "eval": evaluation, "load": trainer.router_window.load()}
 
 
 def write_padded(folder, path, **arguments):
@@ -263,6 +267,7 @@ def test_two_ranks_log_what_one_process_logs_on_the_same_global_batch(tmp_path):
     assert crash_runs.finish(processes) == 0
     two = json.loads(path.read_text())
     assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
+    assert two["eval"]["perplexity"] == pytest.approx(math.exp(two["eval"]["loss"]), rel=1e-5)
     for name in ("lm_loss", "tokens_seen", "train_flops", "experts_per_token", "activated_parameters"):
         values = [[log[name] for log in result["logs"]] for result in (one, two)]
         assert values[1] == pytest.approx(values[0], rel=1e-5), name
