@@ -230,8 +230,8 @@ def test_code_of_two_checkpoints_and_the_package_share_one_process(tiny_config, 
     for folder in (plain, edited):
         shutil.copytree(strangers.saved / "AutoModelForCausalLM", folder)
     # Code of the same name that computes something else inside its custom op.
-    with (edited / "experts_hmoe.py").open("a") as file:
-        file.write('\n_FUSED_ACTIVATIONS["silu"] = _FUSED_ACTIVATIONS["relu"]\n')
+    with (edited / "grouped_hmoe.py").open("a") as file:
+        file.write('\nACTIVATIONS["silu"] = ACTIVATIONS["relu"]\n')
     process = subprocess.run(
         [sys.executable, "-c", NEIGHBOURS, plain, edited],
         env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},

@@ -12,7 +12,8 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hmoe import HMoEConfig, expert_sizes
-from hmoe.experts_hmoe import _FUSED_ACTIVATIONS, EXPERTS_IMPLEMENTATIONS, HMoEExperts, _gated_experts
+from hmoe.experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
+from hmoe.grouped_hmoe import ACTIVATIONS, _gated_experts
 from hmoe.modeling_hmoe import HMoESparseMoeBlock, route_top_k, route_top_p
 
 
@@ -220,7 +221,7 @@ def test_every_activation_agrees_with_eager(backend: str, act: str):
     assert_close(run(experts, backend, inputs), expected, max(learnable, 2e-6))
 
 
-@pytest.mark.parametrize("act", sorted(_FUSED_ACTIVATIONS))
+@pytest.mark.parametrize("act", sorted(ACTIVATIONS))
 def test_gradcheck_of_the_fused_op(act: str):
     experts = make_experts([2, 4, 6], act=act, hidden=4).double()
     experts.config._experts_implementation = "grouped_mm"

@@ -1,0 +1,473 @@
+"""The products of experts of different sizes, one per expert and stage, on contiguous slices of the bank of tiles.
+
+The (token, slot) pairs are sorted by expert once. Gathering, activation and scattering are done for a segment of the
+pairs at a time, in buffers that all segments share; the gate and up projections are all that is kept for backward.
+Sums have one order, so results are reproducible. On accelerators the host waits for the pairs per expert, once.
+
+Letters in shapes: T tokens, K expert slots per token, E experts, N tiles, g neurons per tile, H hidden size, I expert
+    size.
+A slot with the id E (or more) is unused: it costs nothing and adds nothing. This file travels with every saved
+checkpoint, so it imports only torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+_aten = torch.ops.aten
+# Activations and their derivatives, called as (x, out=) and (gradient, x, grad_input=).
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "silu": (_aten.silu.out, _aten.silu_backward.grad_input),
+    "gelu": (_aten.gelu.out, _aten.gelu_backward.grad_input),
+    "gelu_pytorch_tanh": (
+        partial(_aten.gelu.out, approximate="tanh"),
+        partial(_aten.gelu_backward.grad_input, approximate="tanh"),
+    ),
+    "relu": (_aten.relu.out, partial(_aten.threshold_backward.grad_input, threshold=0)),
+}
+ACTIVATIONS["swish"] = ACTIVATIONS["silu"]
+
+# The installed package and every checkpoint's copy of this file define the op: each under a name of its own.
+_OP_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+# Up to so many pairs, a forward pass without gradients is a decoding step: see `_decode`.
+_DECODING_PAIRS = 128
+# Limits in neurons of all rows, of which there are gate, up and product: of a segment, unless it is one long expert,
+# whose parts would each read its weights and add to its gradients anew; of that; and of an activation at a time.
+_SEGMENT, _LONGEST_SEGMENT, _BLOCK = 1 << 17, 1 << 21, 1 << 16
+_ACCELERATOR_FACTOR = 1 << 8  # no cache to stay in there, but launches to save
+
+
+class _Segment(NamedTuple):
+    """Sorted pairs `start` to `end`: `rows[i]` of them are of `experts[i]`, of `sizes[i]` neurons."""
+
+    start: int
+    end: int
+    experts: list[int]
+    rows: list[int]
+    sizes: list[int]
+    continues: bool  # its expert, then the only one, had rows in the segment before
+
+    @property
+    def num_neurons(self) -> int:
+        return sum(rows * size for rows, size in zip(self.rows, self.sizes))
+
+    def blocks(self, limit: int) -> Iterator[tuple[slice, slice, list[int], list[int]]]:
+        """Yields (its neurons, its rows, rows and sizes by expert) of parts that stay in the cache."""
+        if len(self.experts) > 1:
+            yield slice(0, self.num_neurons), slice(0, self.end - self.start), self.rows, self.sizes
+            return
+        size, (num_rows,) = self.sizes[0], self.rows
+        step = max(limit // size, 1)
+        for first in range(0, num_rows, step):
+            last = min(first + step, num_rows)
+            yield slice(first * size, last * size), slice(first, last), [last - first], self.sizes
+
+
+def _segments(rows_per_expert: list[int], sizes: list[int], device: torch.device) -> list[_Segment]:
+    factor = 1 if device.type == "cpu" else _ACCELERATOR_FACTOR
+    segments: list[_Segment] = []
+    room = start = 0
+    for expert, (rows, size) in enumerate(zip(rows_per_expert, sizes)):
+        if rows == 0:
+            continue
+        if rows * size <= room:
+            last = segments[-1]
+            last.experts.append(expert)
+            last.rows.append(rows)
+            last.sizes.append(size)
+            segments[-1] = last._replace(end=start + rows)
+            room -= rows * size
+            start += rows
+            continue
+        num_parts = -(-rows * size // (_LONGEST_SEGMENT * factor))
+        for part in range(num_parts):
+            part_rows = rows * (part + 1) // num_parts - rows * part // num_parts
+            segments.append(_Segment(start, start + part_rows, [expert], [part_rows], [size], continues=part > 0))
+            start += part_rows
+        room = _SEGMENT * factor - rows * size if num_parts == 1 else 0
+    return segments
+
+
+def sort_pairs(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """(token, slot) pairs stably sorted by expert [T * K], unused slots last, and the number of pairs per expert."""
+    flat = top_k_index.reshape(-1).clamp(max=num_experts)
+    counts = torch.bincount(flat, minlength=num_experts + 1)
+    return torch.sort(flat, stable=True).indices, counts.tolist()[:num_experts]
+
+
+def expert_rows(bank: Tensor, tile_offsets: list[int], expert: int) -> Tensor:
+    """The tiles of one expert as a matrix [rows, H], a view if the bank is contiguous."""
+    tile_rows = bank.shape[1]
+    return bank.flatten(0, 1)[tile_offsets[expert] * tile_rows : tile_offsets[expert + 1] * tile_rows]
+
+
+def _matrices(flat: Tensor, rows: list[int], columns: list[int]) -> list[Tensor]:
+    """The matrices [rows[i], columns[i]] that lie one after the other in a flat tensor."""
+    if len(rows) == 1:
+        return [flat.view(rows[0], columns[0])]
+    parts = flat.split([r * c for r, c in zip(rows, columns)])
+    return [part.view(r, c) for part, r, c in zip(parts, rows, columns)]
+
+
+def _activate(act: Callable[..., Tensor], gate: Tensor, out: Tensor) -> Tensor:
+    """act(gate) [n, g] in a contiguous buffer. Short runs are copied together first, or they would not vectorise."""
+    return act(gate, out=out) if gate.shape[1] >= 64 else act(out.copy_(gate), out=out)
+
+
+def _accumulator_dtype(hidden_states: Tensor) -> torch.dtype:
+    """A token's experts are summed in fp32 when the model is in half precision."""
+    return torch.promote_types(hidden_states.dtype, torch.float32)
+
+
+def _zeros_to_accumulate(hidden_states: Tensor) -> Tensor:
+    return torch.zeros(hidden_states.shape, dtype=_accumulator_dtype(hidden_states), device=hidden_states.device)
+
+
+def _forward(
+    output: Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    tile_offsets: list[int],
+    activation: str,
+    saved_numel: int,
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Adds to `output`; returns what the op returns beside it, with a list of the pairs per expert."""
+    act, tile, hidden = ACTIVATIONS[activation][0], down_proj.shape[1], hidden_states.shape[1]
+    order, rows_per_expert = sort_pairs(top_k_index, len(tile_offsets) - 1)
+    segments = _segments(rows_per_expert, _sizes(tile_offsets, tile), hidden_states.device)
+    if saved_numel < 0:
+        saved_numel = 2 * sum(segment.num_neurons for segment in segments)
+    saved = hidden_states.new_empty(saved_numel)
+
+    tokens = order // top_k_index.shape[1]
+    weights = top_k_weights.reshape(-1).index_select(0, order).to(output.dtype).unsqueeze(1)  # [T * K, 1]
+    # One buffer of each kind for all segments: fresh memory costs a CPU more than the arithmetic on it.
+    most_neurons, most_rows = _largest(segments)
+    projected_buffer = saved if saved_numel else hidden_states.new_empty(2 * most_neurons)
+    neurons_buffer = hidden_states.new_empty(most_neurons)
+    inputs_buffer, output_buffer = (hidden_states.new_empty(most_rows, hidden) for _ in range(2))
+    saved_start = 0
+    for segment in segments:
+        token, num_neurons = tokens[segment.start : segment.end], segment.num_neurons
+        projected = projected_buffer[saved_start : saved_start + 2 * num_neurons]
+        saved_start += 2 * num_neurons if saved_numel else 0
+        inputs = torch.index_select(hidden_states, 0, token, out=inputs_buffer[: len(token)]).split(segment.rows)
+        projected_of = _matrices(projected, segment.rows, [2 * size for size in segment.sizes])
+        for expert, rows, out in zip(segment.experts, inputs, projected_of):
+            torch.mm(rows, expert_rows(gate_up_proj, tile_offsets, expert).t(), out=out)  # [rows, 2 I]
+        neurons = neurons_buffer[:num_neurons]
+        for block, *_ in segment.blocks(_BLOCK):
+            gate, up = projected[2 * block.start : 2 * block.stop].view(-1, 2, tile).unbind(1)  # [tiles of rows, g]
+            _activate(act, gate, neurons[block].view(-1, tile)).mul_(up)
+        expert_output = output_buffer[: len(token)]  # [rows, H]
+        neurons_of = _matrices(neurons, segment.rows, segment.sizes)
+        for expert, rows, out in zip(segment.experts, neurons_of, expert_output.split(segment.rows)):
+            torch.mm(rows, expert_rows(down_proj, tile_offsets, expert), out=out)
+        output.index_add_(0, token, expert_output.to(output.dtype).mul_(weights[segment.start : segment.end]))
+    return saved, order, rows_per_expert
+
+
+def _sizes(tile_offsets: list[int], tile: int) -> list[int]:
+    return [tile * (end - start) for start, end in zip(tile_offsets, tile_offsets[1:])]
+
+
+def _largest(segments: list[_Segment]) -> tuple[int, int]:
+    """The most neurons and the most rows of a segment."""
+    return max((s.num_neurons for s in segments), default=0), max((s.end - s.start for s in segments), default=0)
+
+
+def _decode(
+    output: Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    tile_offsets: list[int],
+    activation: str,
+) -> None:
+    """Adds the experts of a few tokens to `output`, with as few operations as can be.
+
+    Nothing but the products is done expert by expert, and the pairs are sorted in Python: reading the weights of the
+    experts is all that should take time.
+    """
+    act, tile, hidden = ACTIVATIONS[activation][0], down_proj.shape[1], hidden_states.shape[1]
+    num_experts, num_slots, ids = len(tile_offsets) - 1, top_k_index.shape[1], top_k_index.flatten().tolist()
+    order = sorted((pair for pair, expert in enumerate(ids) if expert < num_experts), key=ids.__getitem__)
+    if not order:
+        return
+    counts = Counter([ids[pair] for pair in order])  # in the order of the experts
+    num_rows = list(counts.values())
+    bounds = [(tile_offsets[expert] * tile, tile_offsets[expert + 1] * tile) for expert in counts]
+    device = hidden_states.device
+    token, pairs = torch.tensor([[pair // num_slots for pair in order], order], device=device).unbind(0)
+
+    gate_up_rows, down_rows = gate_up_proj.view(-1, hidden), down_proj.view(-1, hidden)
+    inputs = hidden_states.index_select(0, token).split(num_rows)
+    projected = [
+        torch.mm(rows, gate_up_rows[2 * start : 2 * end].t()).view(-1) for rows, (start, end) in zip(inputs, bounds)
+    ]
+    gate, up = torch.cat(projected).view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
+    neurons = gate.contiguous()
+    neurons = act(neurons, out=neurons).mul_(up).view(-1)
+    parts = neurons.split([rows * (end - start) for rows, (start, end) in zip(num_rows, bounds)])
+    expert_output = torch.cat(
+        [torch.mm(part.view(-1, end - start), down_rows[start:end]) for part, (start, end) in zip(parts, bounds)]
+    )  # [pairs, H]
+    weights = top_k_weights.reshape(-1).index_select(0, pairs).unsqueeze(1).to(output.dtype)
+    output.index_add_(0, token, expert_output.to(output.dtype).mul_(weights))
+
+
+@torch.library.custom_op(f"{_OP_NAMESPACE}::gated_experts", mutates_args=())
+def _gated_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    tile_offsets: list[int],
+    activation: str,
+    saved_numel: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted sum of each token's experts.
+
+    Args:
+        saved_numel: elements of the buffer that keeps the gate and up projections for backward: 0 for none, -1 for
+            exactly what is needed (a size that depends on the routing), or a bound on it (a static shape, for the
+            compiler).
+
+    Returns:
+        output [T, H]; the buffer, experts in order, each [rows, tiles, 2, g]; the (token, slot) pairs sorted by
+        expert, unused slots last [T * K]; pairs per expert [E].
+    """
+    output = _zeros_to_accumulate(hidden_states)
+    saved, order, rows_per_expert = _forward(
+        output,
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        gate_up_proj,
+        down_proj,
+        tile_offsets,
+        activation,
+        saved_numel,
+    )
+    counts = torch.tensor(rows_per_expert, dtype=torch.int64, device=hidden_states.device)
+    return output.to(hidden_states.dtype, copy=False), saved, order, counts
+
+
+@torch.library.custom_op(f"{_OP_NAMESPACE}::gated_experts_backward", mutates_args=())
+def _gated_experts_backward(
+    grad_output: Tensor,
+    hidden_states: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    saved: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    tile_offsets: list[int],
+    activation: str,
+    bank_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, routing weights, `gate_up_proj` and `down_proj` (the banks' empty unless asked)."""
+    tile, hidden, rows_per_expert = down_proj.shape[1], hidden_states.shape[1], counts.tolist()
+    grad_hidden = _zeros_to_accumulate(hidden_states)
+    grad_gate_up = torch.empty_like(gate_up_proj) if bank_gradients else gate_up_proj.new_empty(0)
+    grad_down = torch.empty_like(down_proj) if bank_gradients else down_proj.new_empty(0)
+    if bank_gradients:
+        for expert, num_rows in enumerate(rows_per_expert):
+            if num_rows == 0:
+                expert_rows(grad_gate_up, tile_offsets, expert).zero_()
+                expert_rows(grad_down, tile_offsets, expert).zero_()
+    tokens = order // top_k_weights.shape[1]
+    weights = top_k_weights.reshape(-1).index_select(0, order).to(hidden_states.dtype).unsqueeze(1)  # [T * K, 1]
+    grad_sorted_weights = torch.zeros(len(order), dtype=grad_hidden.dtype, device=order.device)
+
+    segments = _segments(rows_per_expert, _sizes(tile_offsets, tile), hidden_states.device)
+    most_neurons, most_rows = _largest(segments)
+    grad_projected_buffer = saved.new_empty(2 * most_neurons)
+    grad_neurons_buffer, neurons_buffer = (saved.new_empty(most_neurons) for _ in range(2))
+    inputs_buffer, rows_buffer = (hidden_states.new_empty(most_rows, hidden) for _ in range(2))
+    saved_start = 0
+    for segment in segments:
+        token, num_neurons = tokens[segment.start : segment.end], segment.num_neurons
+        projected = saved[saved_start : saved_start + 2 * num_neurons]
+        saved_start += 2 * num_neurons
+        grad_projected, neurons = grad_projected_buffer[: 2 * num_neurons], neurons_buffer[:num_neurons]
+
+        grad_rows = torch.index_select(grad_output, 0, token, out=rows_buffer[: len(token)]).split(segment.rows)
+        grad_neurons = grad_neurons_buffer[:num_neurons]
+        for expert, rows, out in zip(segment.experts, grad_rows, _matrices(grad_neurons, segment.rows, segment.sizes)):
+            torch.mm(rows, expert_rows(down_proj, tile_offsets, expert).t(), out=out)  # [rows, I]
+        for block, rows_slice, num_rows, sizes in segment.blocks(_BLOCK):
+            pairs = slice(segment.start + rows_slice.start, segment.start + rows_slice.stop)
+            both = slice(2 * block.start, 2 * block.stop)
+            grad_sorted_weights[pairs] = _neurons_backward(
+                projected[both].view(-1, 2, tile),
+                grad_neurons[block],
+                weights[pairs],
+                activation,
+                num_rows,
+                sizes,
+                neurons[block],
+                grad_projected[both].view(-1, 2, tile),
+            )
+        grad_projected_of = _matrices(grad_projected, segment.rows, [2 * size for size in segment.sizes])
+        if bank_gradients:
+            inputs = torch.index_select(hidden_states, 0, token, out=inputs_buffer[: len(token)]).split(segment.rows)
+            neurons_of = _matrices(neurons, segment.rows, segment.sizes)
+            beta = int(segment.continues)
+            for i, expert in enumerate(segment.experts):
+                grad = expert_rows(grad_down, tile_offsets, expert)
+                torch.addmm(grad, neurons_of[i].t(), grad_rows[i], beta=beta, out=grad)
+                grad = expert_rows(grad_gate_up, tile_offsets, expert)
+                torch.addmm(grad, grad_projected_of[i].t(), inputs[i], beta=beta, out=grad)
+        grad_tokens = rows_buffer[: len(token)]  # [rows, H]
+        for expert, rows, out in zip(segment.experts, grad_projected_of, grad_tokens.split(segment.rows)):
+            torch.mm(rows, expert_rows(gate_up_proj, tile_offsets, expert), out=out)
+        grad_hidden.index_add_(0, token, grad_tokens.to(grad_hidden.dtype))
+    grad_weights = torch.empty_like(top_k_weights, memory_format=torch.contiguous_format)
+    grad_weights.view(-1).index_copy_(0, order, grad_sorted_weights.to(grad_weights.dtype))
+    return grad_hidden.to(hidden_states.dtype, copy=False), grad_weights, grad_gate_up, grad_down
+
+
+def _neurons_backward(
+    projected: Tensor,
+    grad_neurons: Tensor,
+    weight: Tensor,
+    activation: str,
+    num_rows: list[int],
+    sizes: list[int],
+    neurons: Tensor,
+    grad_projected: Tensor,
+) -> Tensor:
+    """The elementwise part of backward.
+
+    Args:
+        projected: [n, 2, g], gate and up of n = rows * tiles.
+        grad_neurons: [n * g], gradient of an expert's output with respect to its neurons; overwritten.
+        weight: [rows, 1], routing weights.
+        neurons: [n * g], filled with the neurons, weighted.
+        grad_projected: [n, 2, g], filled.
+
+    Returns:
+        Gradient of the routing weights, [rows].
+    """
+    act, act_backward = ACTIVATIONS[activation]
+    gate, up = projected.unbind(1)
+    grad_gate, grad_up = grad_projected.unbind(1)
+    activated = _activate(act, gate, torch.empty_like(up, memory_format=torch.contiguous_format))
+    torch.mul(activated, up, out=neurons.view_as(up))
+    products = _matrices(neurons * grad_neurons, num_rows, sizes)
+    sums = [product.sum(1, dtype=_accumulator_dtype(neurons)) for product in products]
+    for factors in (neurons, grad_neurons):
+        for factor, rows_weight in zip(_matrices(factors, num_rows, sizes), weight.split(num_rows)):
+            factor.mul_(rows_weight)
+    grad_neurons = grad_neurons.view_as(up)
+    torch.mul(grad_neurons, activated, out=grad_up)
+    grad_gate.copy_(act_backward(grad_neurons.mul_(up), gate, grad_input=grad_neurons))
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+
+@_gated_experts.register_fake
+def _(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, tile_offsets, activation, saved_numel):
+    numel = torch.library.get_ctx().new_dynamic_size() if saved_numel < 0 else saved_numel
+    order = top_k_index.new_empty(top_k_index.numel(), dtype=torch.int64)
+    counts = top_k_index.new_empty(len(tile_offsets) - 1, dtype=torch.int64)
+    return torch.empty_like(hidden_states), hidden_states.new_empty(numel), order, counts
+
+
+@_gated_experts_backward.register_fake
+def _(
+    grad_output,
+    hidden_states,
+    top_k_weights,
+    gate_up_proj,
+    down_proj,
+    saved,
+    order,
+    counts,
+    tile_offsets,
+    activation,
+    bank_gradients,
+):
+    banks = [torch.empty_like(bank) if bank_gradients else bank.new_empty(0) for bank in (gate_up_proj, down_proj)]
+    return torch.empty_like(hidden_states), torch.empty_like(top_k_weights), *banks
+
+
+def _save_for_backward(ctx, inputs, output):
+    hidden_states, _, top_k_weights, gate_up_proj, down_proj, ctx.tile_offsets, ctx.activation, _ = inputs
+    _, saved, order, counts = output
+    ctx.mark_non_differentiable(saved, order, counts)
+    ctx.set_materialize_grads(False)  # else zeros as large as what was saved
+    ctx.save_for_backward(hidden_states, top_k_weights, gate_up_proj, down_proj, saved, order, counts)
+
+
+def _backward(ctx, grad_output, *_):
+    if grad_output is None:
+        return (None,) * 8
+    banks_need_gradients = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    grad_hidden, grad_weights, grad_gate_up, grad_down = _gated_experts_backward(
+        grad_output.contiguous(), *ctx.saved_tensors, ctx.tile_offsets, ctx.activation, banks_need_gradients
+    )
+    if not banks_need_gradients:
+        grad_gate_up = grad_down = None
+    return grad_hidden, None, grad_weights, grad_gate_up, grad_down, None, None, None
+
+
+_gated_experts.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def gated_experts(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    tile_offsets: list[int],
+    activation: str,
+) -> Tensor:
+    """Weighted sum of each token's experts, differentiable.
+
+    Args:
+        hidden_states: [T, H], of the banks' dtype.
+        top_k_index: [T, K], expert ids; E or more is unused.
+        top_k_weights: [T, K].
+        gate_up_proj: [N, 2g, H], contiguous; the gate rows of a tile, then its up rows.
+        down_proj: [N, g, H], contiguous.
+        tile_offsets: [E + 1], the first tile of each expert, and N.
+        activation: a key of `ACTIVATIONS`.
+
+    Returns:
+        [T, H], of the dtype of `hidden_states`.
+    """
+    inputs = hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    is_plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in inputs)
+    if differentiable or torch.compiler.is_compiling() or not is_plain:
+        saved_numel = 0
+        if differentiable:
+            # A token activates an expert at most once, so its K widest experts bound what it keeps.
+            widest = sum(sorted(_sizes(tile_offsets, down_proj.shape[1]), reverse=True)[: top_k_index.shape[1]])
+            saved_numel = 2 * widest * hidden_states.shape[0] if torch.compiler.is_compiling() else -1
+        return _gated_experts(*inputs, tile_offsets, activation, saved_numel)[0]
+    output = _zeros_to_accumulate(hidden_states)
+    with torch.inference_mode():  # views and calls cost less; `output` itself stays an ordinary tensor
+        if top_k_index.numel() <= _DECODING_PAIRS:
+            _decode(output, *inputs, tile_offsets, activation)
+        else:
+            _forward(output, *inputs, tile_offsets, activation, saved_numel=0)
+    return output.to(hidden_states.dtype)
