@@ -29,6 +29,7 @@ from transformers.integrations.moe import (
 )
 
 from .grouped_hmoe import ACTIVATIONS, expert_rows, gated_experts
+from .triton_hmoe import supports, triton_forward
 
 
 def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -38,14 +39,11 @@ def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     dtype = self.gate_up_proj.dtype
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
-    operands = [tensor.to(dtype).contiguous() for tensor in (hidden_states, self.gate_up_proj, self.down_proj)]
+    inputs, gate_up_proj, down_proj = (
+        tensor.to(dtype).contiguous() for tensor in (hidden_states, self.gate_up_proj, self.down_proj)
+    )
     output = gated_experts(
-        operands[0],
-        top_k_index,
-        top_k_weights,
-        *operands[1:],
-        self.tile_offsets,
-        self.config.hidden_act,
+        inputs, top_k_index, top_k_weights, gate_up_proj, down_proj, self.tile_offsets, self.config.hidden_act
     )
     return output.to(hidden_states.dtype)
 
@@ -118,6 +116,12 @@ def tiled_grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, t
     return _run_on_tiles(self, grouped_mm_experts_forward, *inputs, gate_up_proj, down_proj)
 
 
+def triton_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Triton kernels over all experts at once, for GPUs; by choice only, as no GPU has tuned them yet."""
+    forward = triton_forward if supports(self.config) else eager_forward
+    return forward(self, hidden_states, top_k_index, top_k_weights)
+
+
 class HMoEExpertsInterface(ExpertsInterface):
     """The backends of this model, under the stock names (`eager` is the class's own forward)."""
 
@@ -125,6 +129,7 @@ class HMoEExpertsInterface(ExpertsInterface):
         "grouped_mm": grouped_mm_forward,
         "batched_mm": batched_mm_forward,
         "tiled_grouped_mm": tiled_grouped_mm_forward,
+        "triton": triton_experts_forward,
     }
 
 

@@ -13,12 +13,12 @@ checkpoint, so it imports only torch.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,10 +40,10 @@ _OP_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 # Up to so many pairs, a forward pass without gradients is a decoding step: see `_decode`.
 _DECODING_PAIRS = 128
-# Limits in neurons of all rows, of which there are gate, up and product: of a segment, unless it is one long expert,
-# whose parts would each read its weights and add to its gradients anew; of that; and of an activation at a time.
-_SEGMENT, _LONGEST_SEGMENT, _BLOCK = 1 << 17, 1 << 21, 1 << 16
-_ACCELERATOR_FACTOR = 1 << 8  # no cache to stay in there, but launches to save
+# Limits in neurons of all rows, of which there are gate, up and product: of a segment of several experts; and of one of
+# one expert, a larger one, since each part of an expert reads its weights and adds to their gradients anew.
+_SEGMENT, _LONGEST_PART = 1 << 17, 1 << 21
+_ACCELERATOR_FACTOR = 1 << 8  # there is no cache to stay in there, but launches to save
 
 
 class _Segment(NamedTuple):
@@ -59,17 +59,6 @@ class _Segment(NamedTuple):
     @property
     def num_neurons(self) -> int:
         return sum(rows * size for rows, size in zip(self.rows, self.sizes))
-
-    def blocks(self, limit: int) -> Iterator[tuple[slice, slice, list[int], list[int]]]:
-        """Yields (its neurons, its rows, rows and sizes by expert) of parts that stay in the cache."""
-        if len(self.experts) > 1:
-            yield slice(0, self.num_neurons), slice(0, self.end - self.start), self.rows, self.sizes
-            return
-        size, (num_rows,) = self.sizes[0], self.rows
-        step = max(limit // size, 1)
-        for first in range(0, num_rows, step):
-            last = min(first + step, num_rows)
-            yield slice(first * size, last * size), slice(first, last), [last - first], self.sizes
 
 
 def _segments(rows_per_expert: list[int], sizes: list[int], device: torch.device) -> list[_Segment]:
@@ -88,7 +77,7 @@ def _segments(rows_per_expert: list[int], sizes: list[int], device: torch.device
             room -= rows * size
             start += rows
             continue
-        num_parts = -(-rows * size // (_LONGEST_SEGMENT * factor))
+        num_parts = min(-(-rows * size // (_LONGEST_PART * factor)), rows)
         for part in range(num_parts):
             part_rows = rows * (part + 1) // num_parts - rows * part // num_parts
             segments.append(_Segment(start, start + part_rows, [expert], [part_rows], [size], continues=part > 0))
@@ -167,10 +156,8 @@ def _forward(
         projected_of = _matrices(projected, segment.rows, [2 * size for size in segment.sizes])
         for expert, rows, out in zip(segment.experts, inputs, projected_of):
             torch.mm(rows, expert_rows(gate_up_proj, tile_offsets, expert).t(), out=out)  # [rows, 2 I]
-        neurons = neurons_buffer[:num_neurons]
-        for block, *_ in segment.blocks(_BLOCK):
-            gate, up = projected[2 * block.start : 2 * block.stop].view(-1, 2, tile).unbind(1)  # [tiles of rows, g]
-            _activate(act, gate, neurons[block].view(-1, tile)).mul_(up)
+        gate, up = projected.view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
+        neurons = _activate(act, gate, neurons_buffer[:num_neurons].view(-1, tile)).mul_(up).view(-1)
         expert_output = output_buffer[: len(token)]  # [rows, H]
         neurons_of = _matrices(neurons, segment.rows, segment.sizes)
         for expert, rows, out in zip(segment.experts, neurons_of, expert_output.split(segment.rows)):
@@ -203,31 +190,45 @@ def _decode(
     Nothing but the products is done expert by expert, and the pairs are sorted in Python: reading the weights of the
     experts is all that should take time.
     """
-    act, tile, hidden = ACTIVATIONS[activation][0], down_proj.shape[1], hidden_states.shape[1]
+    act, tile = ACTIVATIONS[activation][0], down_proj.shape[1]
     num_experts, num_slots, ids = len(tile_offsets) - 1, top_k_index.shape[1], top_k_index.flatten().tolist()
     order = sorted((pair for pair, expert in enumerate(ids) if expert < num_experts), key=ids.__getitem__)
     if not order:
         return
-    counts = Counter([ids[pair] for pair in order])  # in the order of the experts
+    counts: dict[int, int] = {}
+    for pair in order:
+        counts[ids[pair]] = counts.get(ids[pair], 0) + 1
     num_rows = list(counts.values())
     bounds = [(tile_offsets[expert] * tile, tile_offsets[expert + 1] * tile) for expert in counts]
-    device = hidden_states.device
-    token, pairs = torch.tensor([[pair // num_slots for pair in order], order], device=device).unbind(0)
-
-    gate_up_rows, down_rows = gate_up_proj.view(-1, hidden), down_proj.view(-1, hidden)
-    inputs = hidden_states.index_select(0, token).split(num_rows)
+    num_neurons = [rows * (end - start) for rows, (start, end) in zip(num_rows, bounds)]
+    # All views come first: between products that stream weights through the cache, each call would cost more.
+    gate_up_rows, down_rows = gate_up_proj.flatten(0, 1), down_proj.flatten(0, 1)
+    gate_up_matrices = [gate_up_rows[2 * start : 2 * end] for start, end in bounds]  # [2 I, H] each
+    down_matrices = [down_rows[start:end] for start, end in bounds]  # [I, H] each
+    if len(hidden_states) > 1:
+        token, pairs = torch.tensor(
+            [[pair // num_slots for pair in order], order], device=hidden_states.device
+        ).unbind(0)
+        inputs = hidden_states.index_select(0, token).split(num_rows)
+    else:
+        inputs = [hidden_states] * len(order)
+    # The same product either way round; a CPU's libraries are faster with the weights on the left from here on.
+    weights_first = 12 if hidden_states.dtype in (torch.float32, torch.float64) else 2
     projected = [
-        torch.mm(rows, gate_up_rows[2 * start : 2 * end].t()).view(-1) for rows, (start, end) in zip(inputs, bounds)
+        (matrix @ rows.t()).t().reshape(-1) if len(rows) >= weights_first else F.linear(rows, matrix).view(-1)
+        for rows, matrix in zip(inputs, gate_up_matrices)
     ]
     gate, up = torch.cat(projected).view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
     neurons = gate.contiguous()
     neurons = act(neurons, out=neurons).mul_(up).view(-1)
-    parts = neurons.split([rows * (end - start) for rows, (start, end) in zip(num_rows, bounds)])
-    expert_output = torch.cat(
-        [torch.mm(part.view(-1, end - start), down_rows[start:end]) for part, (start, end) in zip(parts, bounds)]
-    )  # [pairs, H]
-    weights = top_k_weights.reshape(-1).index_select(0, pairs).unsqueeze(1).to(output.dtype)
-    output.index_add_(0, token, expert_output.to(output.dtype).mul_(weights))
+    parts = [part.view(rows, -1) for part, rows in zip(neurons.split(num_neurons), num_rows)]
+    expert_output = torch.cat([torch.mm(rows, matrix) for rows, matrix in zip(parts, down_matrices)])  # [pairs, H]
+    if len(hidden_states) > 1:
+        weights = top_k_weights.reshape(-1).index_select(0, pairs).unsqueeze(1).to(output.dtype)
+        output.index_add_(0, token, expert_output.to(output.dtype).mul_(weights))
+    else:
+        weights = top_k_weights[:, order].to(output.dtype)  # [1, pairs]
+        torch.mm(weights, expert_output.to(output.dtype), out=output)
 
 
 @torch.library.custom_op(f"{_OP_NAMESPACE}::gated_experts", mutates_args=())
@@ -283,6 +284,7 @@ def _gated_experts_backward(
     bank_gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, routing weights, `gate_up_proj` and `down_proj` (the banks' empty unless asked)."""
+    act, act_backward = ACTIVATIONS[activation]
     tile, hidden, rows_per_expert = down_proj.shape[1], hidden_states.shape[1], counts.tolist()
     grad_hidden = _zeros_to_accumulate(hidden_states)
     grad_gate_up = torch.empty_like(gate_up_proj) if bank_gradients else gate_up_proj.new_empty(0)
@@ -299,36 +301,39 @@ def _gated_experts_backward(
     segments = _segments(rows_per_expert, _sizes(tile_offsets, tile), hidden_states.device)
     most_neurons, most_rows = _largest(segments)
     grad_projected_buffer = saved.new_empty(2 * most_neurons)
-    grad_neurons_buffer, neurons_buffer = (saved.new_empty(most_neurons) for _ in range(2))
+    grad_neurons_buffer, activated_buffer, neurons_buffer = (saved.new_empty(most_neurons) for _ in range(3))
     inputs_buffer, rows_buffer = (hidden_states.new_empty(most_rows, hidden) for _ in range(2))
     saved_start = 0
     for segment in segments:
         token, num_neurons = tokens[segment.start : segment.end], segment.num_neurons
-        projected = saved[saved_start : saved_start + 2 * num_neurons]
+        weight = weights[segment.start : segment.end].split(segment.rows)
+        gate, up = saved[saved_start : saved_start + 2 * num_neurons].view(-1, 2, tile).unbind(1)  # [tiles of rows, g]
         saved_start += 2 * num_neurons
-        grad_projected, neurons = grad_projected_buffer[: 2 * num_neurons], neurons_buffer[:num_neurons]
 
         grad_rows = torch.index_select(grad_output, 0, token, out=rows_buffer[: len(token)]).split(segment.rows)
-        grad_neurons = grad_neurons_buffer[:num_neurons]
-        for expert, rows, out in zip(segment.experts, grad_rows, _matrices(grad_neurons, segment.rows, segment.sizes)):
+        grad_neurons = grad_neurons_buffer[:num_neurons].view(-1, tile)  # without the routing weight at first
+        grad_neurons_of = _matrices(grad_neurons.view(-1), segment.rows, segment.sizes)
+        for expert, rows, out in zip(segment.experts, grad_rows, grad_neurons_of):
             torch.mm(rows, expert_rows(down_proj, tile_offsets, expert).t(), out=out)  # [rows, I]
-        for block, rows_slice, num_rows, sizes in segment.blocks(_BLOCK):
-            pairs = slice(segment.start + rows_slice.start, segment.start + rows_slice.stop)
-            both = slice(2 * block.start, 2 * block.stop)
-            grad_sorted_weights[pairs] = _neurons_backward(
-                projected[both].view(-1, 2, tile),
-                grad_neurons[block],
-                weights[pairs],
-                activation,
-                num_rows,
-                sizes,
-                neurons[block],
-                grad_projected[both].view(-1, 2, tile),
-            )
+
+        activated = _activate(act, gate, activated_buffer[:num_neurons].view(-1, tile))
+        neurons = torch.mul(activated, up, out=neurons_buffer[:num_neurons].view(-1, tile))
+        products = torch.mul(neurons, grad_neurons, out=grad_projected_buffer[:num_neurons].view(-1, tile))
+        products_of = _matrices(products.view(-1), segment.rows, segment.sizes)
+        sums = [product.sum(1, dtype=grad_hidden.dtype) for product in products_of]
+        torch.cat(sums, out=grad_sorted_weights[segment.start : segment.end])
+        neurons_of = _matrices(neurons.view(-1), segment.rows, segment.sizes)
+        for factors in (neurons_of, grad_neurons_of):
+            for factor, rows_weight in zip(factors, weight):
+                factor.mul_(rows_weight)
+        grad_projected = grad_projected_buffer[: 2 * num_neurons]
+        grad_gate, grad_up = grad_projected.view(-1, 2, tile).unbind(1)
+        torch.mul(grad_neurons, activated, out=grad_up)
+        grad_gate.copy_(act_backward(grad_neurons.mul_(up), gate, grad_input=grad_neurons))
+
         grad_projected_of = _matrices(grad_projected, segment.rows, [2 * size for size in segment.sizes])
         if bank_gradients:
             inputs = torch.index_select(hidden_states, 0, token, out=inputs_buffer[: len(token)]).split(segment.rows)
-            neurons_of = _matrices(neurons, segment.rows, segment.sizes)
             beta = int(segment.continues)
             for i, expert in enumerate(segment.experts):
                 grad = expert_rows(grad_down, tile_offsets, expert)
@@ -342,44 +347,6 @@ def _gated_experts_backward(
     grad_weights = torch.empty_like(top_k_weights, memory_format=torch.contiguous_format)
     grad_weights.view(-1).index_copy_(0, order, grad_sorted_weights.to(grad_weights.dtype))
     return grad_hidden.to(hidden_states.dtype, copy=False), grad_weights, grad_gate_up, grad_down
-
-
-def _neurons_backward(
-    projected: Tensor,
-    grad_neurons: Tensor,
-    weight: Tensor,
-    activation: str,
-    num_rows: list[int],
-    sizes: list[int],
-    neurons: Tensor,
-    grad_projected: Tensor,
-) -> Tensor:
-    """The elementwise part of backward.
-
-    Args:
-        projected: [n, 2, g], gate and up of n = rows * tiles.
-        grad_neurons: [n * g], gradient of an expert's output with respect to its neurons; overwritten.
-        weight: [rows, 1], routing weights.
-        neurons: [n * g], filled with the neurons, weighted.
-        grad_projected: [n, 2, g], filled.
-
-    Returns:
-        Gradient of the routing weights, [rows].
-    """
-    act, act_backward = ACTIVATIONS[activation]
-    gate, up = projected.unbind(1)
-    grad_gate, grad_up = grad_projected.unbind(1)
-    activated = _activate(act, gate, torch.empty_like(up, memory_format=torch.contiguous_format))
-    torch.mul(activated, up, out=neurons.view_as(up))
-    products = _matrices(neurons * grad_neurons, num_rows, sizes)
-    sums = [product.sum(1, dtype=_accumulator_dtype(neurons)) for product in products]
-    for factors in (neurons, grad_neurons):
-        for factor, rows_weight in zip(_matrices(factors, num_rows, sizes), weight.split(num_rows)):
-            factor.mul_(rows_weight)
-    grad_neurons = grad_neurons.view_as(up)
-    torch.mul(grad_neurons, activated, out=grad_up)
-    grad_gate.copy_(act_backward(grad_neurons.mul_(up), gate, grad_input=grad_neurons))
-    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 @_gated_experts.register_fake

@@ -1,10 +1,16 @@
 """Shared by all tests: a small config, and a fixed seed for everything random."""
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import settings
+
+
+# Triton reads it when it is first imported, which Transformers may do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hmoe import HMoEConfig
 

@@ -11,13 +11,14 @@ from transformers import MixtralConfig
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from hmoe import HMoEConfig, expert_sizes
+from hmoe import HMoEConfig, expert_sizes, grouped_hmoe
 from hmoe.experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
 from hmoe.grouped_hmoe import ACTIVATIONS, _gated_experts
 from hmoe.modeling_hmoe import HMoESparseMoeBlock, route_top_k, route_top_p
 
 
 HIDDEN = 16
+BACKENDS = [name for name in EXPERTS_IMPLEMENTATIONS if name != "triton"]  # tested in a file of its own
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +157,7 @@ def assert_close(actual: dict[str, Tensor | None], expected: dict[str, Tensor | 
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("backend", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_and_gradients_equal_the_dense_fp64_reference(backend: str, case: Case):
     experts, inputs = make_experts(case.sizes, case.tile), make_inputs(case)
     assert_close(run(experts, backend, inputs), run_reference(experts, inputs), 2e-6)
@@ -173,7 +174,7 @@ def test_fp64_is_computed_in_fp64(backend: str, case: str):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("router_dtype", ["fp32-router", "half-router"])
-@pytest.mark.parametrize("backend", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_stays_near_fp64(backend: str, router_dtype: str, dtype: torch.dtype):
     experts = make_experts([8, 16, 24, 8]).to(dtype)
     hidden_states, index, weights = make_inputs(CASES["top-p"])
@@ -184,7 +185,7 @@ def test_half_precision_stays_near_fp64(backend: str, router_dtype: str, dtype: 
     assert_close(actual, run_reference(experts, inputs), 2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("backend", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bf16_autocast_keeps_the_router_in_fp32_and_the_experts_near_fp32(backend: str):
     torch.manual_seed(0)
     config = make_experts([8, 16, 24, 8]).config
@@ -212,7 +213,7 @@ def test_bf16_autocast_keeps_the_router_in_fp32_and_the_experts_near_fp32(backen
 
 
 @pytest.mark.parametrize("act", sorted(ACT2FN))
-@pytest.mark.parametrize("backend", [name for name in EXPERTS_IMPLEMENTATIONS if name != "eager"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
 def test_every_activation_agrees_with_eager(backend: str, act: str):
     """Learnable activations (prelu, xielu) included: their parameters are among the gradients compared."""
     experts, inputs = make_experts([8, 16, 24, 8], act=act), make_inputs(CASES["top-p"])
@@ -249,7 +250,7 @@ def test_opcheck_of_the_fused_op(saved: str):
     torch.library.opcheck(_gated_experts, (hidden_states, index, weights, *bank, experts.tile_offsets, "silu", numel))
 
 
-@pytest.mark.parametrize("backend", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs_give_the_same(backend: str):
     case = CASES["top-p"]
     experts, (hidden_states, index, weights) = make_experts(case.sizes), make_inputs(case)
@@ -281,7 +282,7 @@ def test_an_expanded_output_gradient_is_accepted(backend: str):
     ],
     ids="-".join,
 )
-@pytest.mark.parametrize("backend", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_frozen_tensors_get_no_gradient_and_the_others_theirs(backend: str, frozen: tuple[str, ...]):
     experts, inputs = make_experts([8, 16, 24, 8]), make_inputs(CASES["top-p"])
     expected = run(experts, backend, inputs)
@@ -295,19 +296,47 @@ def test_frozen_tensors_get_no_gradient_and_the_others_theirs(backend: str, froz
     assert_close(actual, {**expected, **dict.fromkeys(frozen)}, 1e-6)
 
 
-@pytest.mark.parametrize("backend", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_are_bit_identical(backend: str):
     experts, inputs = make_experts(CASES["64-experts"].sizes), make_inputs(CASES["64-experts"])
     first, second = (run(experts, backend, inputs) for _ in range(2))
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-@pytest.mark.parametrize("backend", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_inference_gives_the_output_of_training(backend: str):
     experts, inputs = make_experts([8, 16, 24, 8]), make_inputs(CASES["top-p"])
     trained = run(experts, backend, inputs)["output"]
     with torch.no_grad():
-        assert torch.equal(experts(*inputs), trained)
+        assert_close({"output": experts(*inputs)}, {"output": trained}, 1e-6)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 40, 100])  # decoding, decoding of long batches, and beyond
+@pytest.mark.parametrize("routing", ["random", "first", "top_p", "one_slot"])
+def test_inference_agrees_with_eager(routing: str, num_tokens: int, dtype: torch.dtype, act: str):
+    case = Case([8, 16, 24, 72], num_tokens=num_tokens, num_slots=3, routing=routing)
+    experts, (hidden_states, index, weights) = make_experts(case.sizes, act=act).to(dtype), make_inputs(case)
+    inputs = hidden_states.to(dtype), index, weights
+    outputs = {}
+    with torch.no_grad():
+        for backend in ("grouped_mm", "eager"):
+            experts.config._experts_implementation = backend
+            outputs[backend] = experts(*inputs)
+    assert not outputs["grouped_mm"].is_inference(), "autograd could not use it afterwards"
+    tolerance = 4 * torch.finfo(dtype).eps
+    assert_close({"output": outputs["grouped_mm"]}, {"output": outputs["eager"]}, tolerance)
+
+
+@pytest.mark.parametrize(("segment", "part"), [(1, 1), (100, 60), (300, 1 << 20), (1 << 20, 150)])
+@pytest.mark.parametrize("case", ["arithmetic", "64-experts", "top-p", "empty-first", "all-tokens-on-one"])
+def test_where_segments_end_changes_nothing(case: str, segment: int, part: int, monkeypatch: pytest.MonkeyPatch):
+    """Segments of one expert, of several, and experts cut into parts that add to the same gradient."""
+    experts, inputs = make_experts(CASES[case].sizes), make_inputs(CASES[case])
+    monkeypatch.setattr(grouped_hmoe, "_SEGMENT", segment)
+    monkeypatch.setattr(grouped_hmoe, "_LONGEST_PART", part)
+    assert_close(run(experts, "grouped_mm", inputs), run_reference(experts, inputs), 2e-6)
 
 
 @pytest.mark.parametrize("idle", [0, 3])
