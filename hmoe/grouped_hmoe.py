@@ -40,8 +40,8 @@ _OP_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 # Up to so many pairs, a forward pass without gradients is a decoding step: see `_decode`.
 _DECODING_PAIRS = 128
-# Limits in neurons of all rows, of which there are gate, up and product: of a segment of several experts; and of one of
-# one expert, a larger one, since each part of an expert reads its weights and adds to their gradients anew.
+# Limits in neurons of all rows, of which there are gate, up and product: of a segment of several experts; and of one
+# of one expert, larger, since each part of an expert reads its weights and adds to their gradients anew.
 _SEGMENT, _LONGEST_PART = 1 << 17, 1 << 21
 _ACCELERATOR_FACTOR = 1 << 8  # there is no cache to stay in there, but launches to save
 
