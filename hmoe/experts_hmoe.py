@@ -29,7 +29,7 @@ from transformers.integrations.moe import (
 )
 
 from .grouped_hmoe import ACTIVATIONS, expert_rows, gated_experts
-from .triton_hmoe import supports, triton_forward
+from .triton_hmoe import is_tuned, supports, triton_forward
 
 
 def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def tiled_grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, t
 
 
 def triton_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Triton kernels over all experts at once, for GPUs; by choice only, as no GPU has tuned them yet."""
+    """Triton kernels over all experts at once, for GPUs; chosen by default only on those they were tuned on."""
     forward = triton_forward if supports(self.config) else eager_forward
     return forward(self, hidden_states, top_k_index, top_k_weights)
 
@@ -134,6 +134,11 @@ class HMoEExpertsInterface(ExpertsInterface):
 
 
 EXPERTS_IMPLEMENTATIONS = ("eager", *HMoEExpertsInterface._global_mapping)
+
+
+def default_experts_implementation() -> str:
+    """`triton` on a GPU that it was tuned on, else `grouped_mm`."""
+    return "triton" if is_tuned() else "grouped_mm"
 
 
 @use_experts_implementation(experts_interface=HMoEExpertsInterface())

@@ -49,7 +49,7 @@ except ImportError:
         return kernel
 
 
-# Compute capabilities on which the launch configurations were tuned. A caller may choose this backend by itself there.
+# Compute capabilities on which the launch configurations were tuned: there the models choose this backend themselves.
 TUNED_DEVICES: frozenset[tuple[int, int]] = frozenset()
 
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
@@ -94,6 +94,13 @@ def _launch_for(dtype: torch.dtype, num_pairs: int, num_experts: int) -> Launch:
     rows = num_pairs / num_experts
     size_class = "small" if rows <= 16 else "medium" if rows <= 128 else "large"
     return LAUNCHES[dtype.itemsize, size_class]
+
+
+def is_tuned() -> bool:
+    """Whether the current GPU is one on which the launch configurations were tuned."""
+    if triton is None or not TUNED_DEVICES or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() in TUNED_DEVICES
 
 
 def supports(config) -> bool:
@@ -722,6 +729,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad_output, *_):
+    if grad_output is None:
+        return (None,) * 9
     needed = [ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
     gradients = _triton_experts_backward(
         grad_output.contiguous(), *ctx.saved_tensors, ctx.tile_offsets, ctx.activation, needed

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.dynamic_module_utils import get_imports
 
-from hmoe import expert_sizes, triton_hmoe
+from hmoe import HMoEForCausalLM, expert_sizes, triton_hmoe
 from hmoe.experts_hmoe import HMoEExperts, HMoEExpertsInterface
 from hmoe.modeling_hmoe import route_top_k, route_top_p
 
@@ -363,6 +363,19 @@ except RuntimeError as error:
 """
     assert "pip install triton" in run_python(code)
     assert "triton" not in get_imports(SOURCE)  # else a checkpoint would not load without it
+
+
+def test_a_gpu_that_it_was_tuned_on_gets_it_by_default(tiny_config, monkeypatch: pytest.MonkeyPatch):
+    def backend() -> str:
+        return HMoEForCausalLM(tiny_config()).config._experts_implementation
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert backend() == "grouped_mm", "nothing was tuned yet"
+    monkeypatch.setattr(triton_hmoe, "TUNED_DEVICES", frozenset({(9, 0)}))
+    assert backend() == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert backend() == "grouped_mm"
 
 
 def test_a_checkpoints_copy_of_the_file_defines_ops_of_its_own():
