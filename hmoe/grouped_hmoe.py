@@ -99,6 +99,20 @@ def expert_rows(bank: Tensor, tile_offsets: list[int], expert: int) -> Tensor:
     return bank.flatten(0, 1)[tile_offsets[expert] * tile_rows : tile_offsets[expert + 1] * tile_rows]
 
 
+def _matrices_of(bank: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """The matrix of every expert, [I, H] or [2 I, H]: views of the contiguous bank."""
+    rows = bank.flatten(0, 1)
+    factor = len(rows) // sum(sizes)
+    return rows.split([factor * size for size in sizes])
+
+
+def _transposed(bank: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """The same, transposed: [H, I] or [H, 2 I]."""
+    rows = bank.flatten(0, 1)
+    factor = len(rows) // sum(sizes)
+    return rows.t().split([factor * size for size in sizes], dim=1)
+
+
 def _matrices(flat: Tensor, rows: list[int], columns: list[int]) -> list[Tensor]:
     """The matrices [rows[i], columns[i]] that lie one after the other in a flat tensor."""
     if len(rows) == 1:
@@ -110,6 +124,15 @@ def _matrices(flat: Tensor, rows: list[int], columns: list[int]) -> list[Tensor]
 def _activate(act: Callable[..., Tensor], gate: Tensor, out: Tensor) -> Tensor:
     """act(gate) [n, g] in a contiguous buffer. Short runs are copied together first, or they would not vectorise."""
     return act(gate, out=out) if gate.shape[1] >= 64 else act(out.copy_(gate), out=out)
+
+
+def _add_rows(output: Tensor, token: Tensor, rows: Tensor, num_rows: list[int]) -> None:
+    """output[token] += rows, in a fixed order: a GPU has none within a call, but an expert has a token only once."""
+    if output.device.type == "cpu":
+        output.index_add_(0, token, rows)
+        return
+    for tokens_of_expert, rows_of_expert in zip(token.split(num_rows), rows.split(num_rows)):
+        output.index_add_(0, tokens_of_expert, rows_of_expert)
 
 
 def _accumulator_dtype(hidden_states: Tensor) -> torch.dtype:
@@ -134,8 +157,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Adds to `output`; returns what the op returns beside it, with a list of the pairs per expert."""
     act, tile, hidden = ACTIVATIONS[activation][0], down_proj.shape[1], hidden_states.shape[1]
-    order, rows_per_expert = sort_pairs(top_k_index, len(tile_offsets) - 1)
-    segments = _segments(rows_per_expert, _sizes(tile_offsets, tile), hidden_states.device)
+    sizes = _sizes(tile_offsets, tile)
+    gate_up_of, down_of = _transposed(gate_up_proj, sizes), _matrices_of(down_proj, sizes)
+    order, rows_per_expert = sort_pairs(top_k_index, len(sizes))
+    segments = _segments(rows_per_expert, sizes, hidden_states.device)
     if saved_numel < 0:
         saved_numel = 2 * sum(segment.num_neurons for segment in segments)
     saved = hidden_states.new_empty(saved_numel)
@@ -155,14 +180,15 @@ def _forward(
         inputs = torch.index_select(hidden_states, 0, token, out=inputs_buffer[: len(token)]).split(segment.rows)
         projected_of = _matrices(projected, segment.rows, [2 * size for size in segment.sizes])
         for expert, rows, out in zip(segment.experts, inputs, projected_of):
-            torch.mm(rows, expert_rows(gate_up_proj, tile_offsets, expert).t(), out=out)  # [rows, 2 I]
+            torch.mm(rows, gate_up_of[expert], out=out)  # [rows, 2 I]
         gate, up = projected.view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
         neurons = _activate(act, gate, neurons_buffer[:num_neurons].view(-1, tile)).mul_(up).view(-1)
         expert_output = output_buffer[: len(token)]  # [rows, H]
         neurons_of = _matrices(neurons, segment.rows, segment.sizes)
         for expert, rows, out in zip(segment.experts, neurons_of, expert_output.split(segment.rows)):
-            torch.mm(rows, expert_rows(down_proj, tile_offsets, expert), out=out)
-        output.index_add_(0, token, expert_output.to(output.dtype).mul_(weights[segment.start : segment.end]))
+            torch.mm(rows, down_of[expert], out=out)
+        weighted = expert_output.to(output.dtype).mul_(weights[segment.start : segment.end])
+        _add_rows(output, token, weighted, segment.rows)
     return saved, order, rows_per_expert
 
 
@@ -225,7 +251,7 @@ def _decode(
     expert_output = torch.cat([torch.mm(rows, matrix) for rows, matrix in zip(parts, down_matrices)])  # [pairs, H]
     if len(hidden_states) > 1:
         weights = top_k_weights.reshape(-1).index_select(0, pairs).unsqueeze(1).to(output.dtype)
-        output.index_add_(0, token, expert_output.to(output.dtype).mul_(weights))
+        _add_rows(output, token, expert_output.to(output.dtype).mul_(weights), num_rows)
     else:
         weights = top_k_weights[:, order].to(output.dtype)  # [1, pairs]
         torch.mm(weights, expert_output.to(output.dtype), out=output)
@@ -289,16 +315,19 @@ def _gated_experts_backward(
     grad_hidden = _zeros_to_accumulate(hidden_states)
     grad_gate_up = torch.empty_like(gate_up_proj) if bank_gradients else gate_up_proj.new_empty(0)
     grad_down = torch.empty_like(down_proj) if bank_gradients else down_proj.new_empty(0)
+    sizes = _sizes(tile_offsets, tile)
+    gate_up_of, down_of = _matrices_of(gate_up_proj, sizes), _transposed(down_proj, sizes)
     if bank_gradients:
+        grad_gate_up_of, grad_down_of = _matrices_of(grad_gate_up, sizes), _matrices_of(grad_down, sizes)
         for expert, num_rows in enumerate(rows_per_expert):
             if num_rows == 0:
-                expert_rows(grad_gate_up, tile_offsets, expert).zero_()
-                expert_rows(grad_down, tile_offsets, expert).zero_()
+                grad_gate_up_of[expert].zero_()
+                grad_down_of[expert].zero_()
     tokens = order // top_k_weights.shape[1]
     weights = top_k_weights.reshape(-1).index_select(0, order).to(hidden_states.dtype).unsqueeze(1)  # [T * K, 1]
     grad_sorted_weights = torch.zeros(len(order), dtype=grad_hidden.dtype, device=order.device)
 
-    segments = _segments(rows_per_expert, _sizes(tile_offsets, tile), hidden_states.device)
+    segments = _segments(rows_per_expert, sizes, hidden_states.device)
     most_neurons, most_rows = _largest(segments)
     grad_projected_buffer = saved.new_empty(2 * most_neurons)
     grad_neurons_buffer, activated_buffer, neurons_buffer = (saved.new_empty(most_neurons) for _ in range(3))
@@ -306,7 +335,6 @@ def _gated_experts_backward(
     saved_start = 0
     for segment in segments:
         token, num_neurons = tokens[segment.start : segment.end], segment.num_neurons
-        weight = weights[segment.start : segment.end].split(segment.rows)
         gate, up = saved[saved_start : saved_start + 2 * num_neurons].view(-1, 2, tile).unbind(1)  # [tiles of rows, g]
         saved_start += 2 * num_neurons
 
@@ -314,18 +342,26 @@ def _gated_experts_backward(
         grad_neurons = grad_neurons_buffer[:num_neurons].view(-1, tile)  # without the routing weight at first
         grad_neurons_of = _matrices(grad_neurons.view(-1), segment.rows, segment.sizes)
         for expert, rows, out in zip(segment.experts, grad_rows, grad_neurons_of):
-            torch.mm(rows, expert_rows(down_proj, tile_offsets, expert).t(), out=out)  # [rows, I]
+            torch.mm(rows, down_of[expert], out=out)  # [rows, I]
 
         activated = _activate(act, gate, activated_buffer[:num_neurons].view(-1, tile))
         neurons = torch.mul(activated, up, out=neurons_buffer[:num_neurons].view(-1, tile))
         products = torch.mul(neurons, grad_neurons, out=grad_projected_buffer[:num_neurons].view(-1, tile))
-        products_of = _matrices(products.view(-1), segment.rows, segment.sizes)
-        sums = [product.sum(1, dtype=grad_hidden.dtype) for product in products_of]
-        torch.cat(sums, out=grad_sorted_weights[segment.start : segment.end])
-        neurons_of = _matrices(neurons.view(-1), segment.rows, segment.sizes)
-        for factors in (neurons_of, grad_neurons_of):
-            for factor, rows_weight in zip(factors, weight):
-                factor.mul_(rows_weight)
+        if len(segment.experts) == 1:
+            by_row = [tensor.view(segment.rows[0], -1) for tensor in (products, neurons, grad_neurons)]
+            torch.sum(by_row[0], 1, dtype=grad_hidden.dtype, out=grad_sorted_weights[segment.start : segment.end])
+            weight = weights[segment.start : segment.end]  # [rows, 1]
+        else:
+            by_row = [tensor.view(-1) for tensor in (products, neurons, grad_neurons)]
+            lengths = torch.tensor(segment.sizes, device=order.device).repeat_interleave(
+                torch.tensor(segment.rows, device=order.device)
+            )  # neurons of each row
+            grad_sorted_weights[segment.start : segment.end] = torch.segment_reduce(
+                by_row[0].to(grad_hidden.dtype), "sum", lengths=lengths, unsafe=True
+            )
+            weight = weights[segment.start : segment.end, 0].repeat_interleave(lengths, output_size=num_neurons)
+        for tensor in by_row[1:]:
+            tensor.mul_(weight)
         grad_projected = grad_projected_buffer[: 2 * num_neurons]
         grad_gate, grad_up = grad_projected.view(-1, 2, tile).unbind(1)
         torch.mul(grad_neurons, activated, out=grad_up)
@@ -334,16 +370,20 @@ def _gated_experts_backward(
         grad_projected_of = _matrices(grad_projected, segment.rows, [2 * size for size in segment.sizes])
         if bank_gradients:
             inputs = torch.index_select(hidden_states, 0, token, out=inputs_buffer[: len(token)]).split(segment.rows)
-            beta = int(segment.continues)
+            neurons_of = _matrices(neurons.view(-1), segment.rows, segment.sizes)
             for i, expert in enumerate(segment.experts):
-                grad = expert_rows(grad_down, tile_offsets, expert)
-                torch.addmm(grad, neurons_of[i].t(), grad_rows[i], beta=beta, out=grad)
-                grad = expert_rows(grad_gate_up, tile_offsets, expert)
-                torch.addmm(grad, grad_projected_of[i].t(), inputs[i], beta=beta, out=grad)
+                for grad, left, right in (
+                    (grad_down_of[expert], neurons_of[i], grad_rows[i]),
+                    (grad_gate_up_of[expert], grad_projected_of[i], inputs[i]),
+                ):
+                    if segment.continues:
+                        grad.addmm_(left.t(), right)
+                    else:
+                        torch.mm(left.t(), right, out=grad)
         grad_tokens = rows_buffer[: len(token)]  # [rows, H]
         for expert, rows, out in zip(segment.experts, grad_projected_of, grad_tokens.split(segment.rows)):
-            torch.mm(rows, expert_rows(gate_up_proj, tile_offsets, expert), out=out)
-        grad_hidden.index_add_(0, token, grad_tokens.to(grad_hidden.dtype))
+            torch.mm(rows, gate_up_of[expert], out=out)
+        _add_rows(grad_hidden, token, grad_tokens.to(grad_hidden.dtype), segment.rows)
     grad_weights = torch.empty_like(top_k_weights, memory_format=torch.contiguous_format)
     grad_weights.view(-1).index_copy_(0, order, grad_sorted_weights.to(grad_weights.dtype))
     return grad_hidden.to(hidden_states.dtype, copy=False), grad_weights, grad_gate_up, grad_down

@@ -163,6 +163,29 @@ def test_outputs_and_gradients_equal_the_dense_fp64_reference(backend: str, case
     assert_close(run(experts, backend, inputs), run_reference(experts, inputs), 2e-6)
 
 
+@pytest.mark.parametrize("preset", ["hmoe-0.4b", "modse-300m-x8"])
+def test_a_layer_of_the_papers_models(preset: str):
+    config = HMoEConfig.from_preset(preset)
+    sizes, hidden = config.layer_expert_sizes[0], config.hidden_size
+    generator = torch.Generator().manual_seed(1)
+    hidden_states = torch.randn(5, hidden, generator=generator)
+    weights, index = route_top_k(torch.rand(5, len(sizes), generator=generator).softmax(-1), 2)
+    in_fp64 = make_experts(sizes, hidden=hidden).double()
+    expected = run(in_fp64, "eager", (hidden_states.double(), index, weights.double()))
+    actual = run(make_experts(sizes, hidden=hidden), "grouped_mm", (hidden_states, index, weights))
+    assert_close(actual, expected, 2e-6)
+
+
+def test_thousands_of_tokens_on_one_expert():
+    """More than one part holds, so that the parts of its gradient are added."""
+    case = Case([1536, 64], num_tokens=1500, num_slots=1, routing="first")
+    assert case.num_tokens * max(case.sizes) > grouped_hmoe._LONGEST_PART
+    hidden_states, index, weights = make_inputs(case)
+    expected = run(make_experts(case.sizes).double(), "eager", (hidden_states.double(), index, weights.double()))
+    actual = run(make_experts(case.sizes), "grouped_mm", (hidden_states, index, weights))
+    assert_close(actual, expected, 2e-6)
+
+
 @pytest.mark.parametrize("case", ["top-p", "empty-last", "64-experts"])
 @pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
 def test_fp64_is_computed_in_fp64(backend: str, case: str):
