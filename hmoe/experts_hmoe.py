@@ -28,7 +28,7 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 
-from .grouped_hmoe import ACTIVATIONS, expert_rows, gated_experts
+from .grouped_hmoe import ACTIVATIONS, gated_experts
 from .triton_hmoe import is_tuned, supports, triton_forward
 
 
@@ -48,16 +48,21 @@ def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     return output.to(hidden_states.dtype)
 
 
+def _expert_rows(bank: Tensor, tile_offsets: list[int], expert: int) -> Tensor:
+    """The tiles of one expert as a matrix [rows, H]."""
+    return bank[tile_offsets[expert] : tile_offsets[expert + 1]].flatten(0, 1)
+
+
 def eager_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The reference: a static loop over experts in plain PyTorch. Every other backend is tested against it."""
     output = torch.zeros_like(hidden_states)
     tile = self.down_proj.shape[1]
     for expert in range(len(self.tile_offsets) - 1):
         token, slot = torch.where(top_k_index == expert)  # [rows] each
-        projected = F.linear(hidden_states[token], expert_rows(self.gate_up_proj, self.tile_offsets, expert))
+        projected = F.linear(hidden_states[token], _expert_rows(self.gate_up_proj, self.tile_offsets, expert))
         gate, up = projected.unflatten(1, (-1, 2, tile)).unbind(2)  # [rows, tiles, g] each
         neurons = (self.act_fn(gate) * up).flatten(1)  # [rows, I]
-        expert_output = neurons @ expert_rows(self.down_proj, self.tile_offsets, expert)  # [rows, H]
+        expert_output = neurons @ _expert_rows(self.down_proj, self.tile_offsets, expert)  # [rows, H]
         weighted = expert_output * top_k_weights[token, slot, None]
         output.index_add_(0, token, weighted.to(output.dtype))
     return output

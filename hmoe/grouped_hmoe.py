@@ -66,7 +66,8 @@ def _segments(rows_per_expert: list[int], sizes: list[int], device: torch.device
     segments: list[_Segment] = []
     room = start = 0
     for expert, (rows, size) in enumerate(zip(rows_per_expert, sizes)):
-        if rows == 0:
+        if rows * size == 0:
+            start, room = start + rows, 0 if rows else room  # rows of an expert without tiles add nothing
             continue
         if rows * size <= room:
             last = segments[-1]
@@ -93,24 +94,11 @@ def sort_pairs(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]
     return torch.sort(flat, stable=True).indices, counts.tolist()[:num_experts]
 
 
-def expert_rows(bank: Tensor, tile_offsets: list[int], expert: int) -> Tensor:
-    """The tiles of one expert as a matrix [rows, H], a view if the bank is contiguous."""
-    tile_rows = bank.shape[1]
-    return bank.flatten(0, 1)[tile_offsets[expert] * tile_rows : tile_offsets[expert + 1] * tile_rows]
-
-
-def _matrices_of(bank: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """The matrix of every expert, [I, H] or [2 I, H]: views of the contiguous bank."""
+def _expert_matrices(bank: Tensor, sizes: list[int], transposed: bool = False) -> tuple[Tensor, ...]:
+    """The matrix of every expert, [I, H] or [2 I, H], or its transpose: views of the contiguous bank."""
     rows = bank.flatten(0, 1)
-    factor = len(rows) // sum(sizes)
-    return rows.split([factor * size for size in sizes])
-
-
-def _transposed(bank: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    """The same, transposed: [H, I] or [H, 2 I]."""
-    rows = bank.flatten(0, 1)
-    factor = len(rows) // sum(sizes)
-    return rows.t().split([factor * size for size in sizes], dim=1)
+    parts = [len(rows) // sum(sizes) * size for size in sizes]
+    return rows.t().split(parts, dim=1) if transposed else rows.split(parts)
 
 
 def _matrices(flat: Tensor, rows: list[int], columns: list[int]) -> list[Tensor]:
@@ -158,7 +146,8 @@ def _forward(
     """Adds to `output`; returns what the op returns beside it, with a list of the pairs per expert."""
     act, tile, hidden = ACTIVATIONS[activation][0], down_proj.shape[1], hidden_states.shape[1]
     sizes = _sizes(tile_offsets, tile)
-    gate_up_of, down_of = _transposed(gate_up_proj, sizes), _matrices_of(down_proj, sizes)
+    gate_up_of = _expert_matrices(gate_up_proj, sizes, transposed=True)
+    down_of = _expert_matrices(down_proj, sizes)
     order, rows_per_expert = sort_pairs(top_k_index, len(sizes))
     segments = _segments(rows_per_expert, sizes, hidden_states.device)
     if saved_numel < 0:
@@ -237,7 +226,7 @@ def _decode(
         ).unbind(0)
         inputs = hidden_states.index_select(0, token).split(num_rows)
     else:
-        inputs = [hidden_states] * len(order)
+        inputs = [hidden_states.expand(rows, -1) if rows > 1 else hidden_states for rows in num_rows]
     # The same product either way round; a CPU's libraries are faster with the weights on the left from here on.
     weights_first = 12 if hidden_states.dtype in (torch.float32, torch.float64) else 2
     projected = [
@@ -277,7 +266,7 @@ def _gated_experts(
 
     Returns:
         output [T, H]; the buffer, experts in order, each [rows, tiles, 2, g]; the (token, slot) pairs sorted by
-        expert, unused slots last [T * K]; pairs per expert [E].
+        expert, unused slots last [T * K]; pairs per expert [E], on the CPU, where backward reads them.
     """
     output = _zeros_to_accumulate(hidden_states)
     saved, order, rows_per_expert = _forward(
@@ -291,7 +280,7 @@ def _gated_experts(
         activation,
         saved_numel,
     )
-    counts = torch.tensor(rows_per_expert, dtype=torch.int64, device=hidden_states.device)
+    counts = torch.tensor(rows_per_expert, dtype=torch.int64)
     return output.to(hidden_states.dtype, copy=False), saved, order, counts
 
 
@@ -316,9 +305,11 @@ def _gated_experts_backward(
     grad_gate_up = torch.empty_like(gate_up_proj) if bank_gradients else gate_up_proj.new_empty(0)
     grad_down = torch.empty_like(down_proj) if bank_gradients else down_proj.new_empty(0)
     sizes = _sizes(tile_offsets, tile)
-    gate_up_of, down_of = _matrices_of(gate_up_proj, sizes), _transposed(down_proj, sizes)
+    gate_up_of = _expert_matrices(gate_up_proj, sizes)
+    down_of = _expert_matrices(down_proj, sizes, transposed=True)
     if bank_gradients:
-        grad_gate_up_of, grad_down_of = _matrices_of(grad_gate_up, sizes), _matrices_of(grad_down, sizes)
+        grad_gate_up_of = _expert_matrices(grad_gate_up, sizes)
+        grad_down_of = _expert_matrices(grad_down, sizes)
         for expert, num_rows in enumerate(rows_per_expert):
             if num_rows == 0:
                 grad_gate_up_of[expert].zero_()
@@ -353,9 +344,8 @@ def _gated_experts_backward(
             weight = weights[segment.start : segment.end]  # [rows, 1]
         else:
             by_row = [tensor.view(-1) for tensor in (products, neurons, grad_neurons)]
-            lengths = torch.tensor(segment.sizes, device=order.device).repeat_interleave(
-                torch.tensor(segment.rows, device=order.device)
-            )  # neurons of each row
+            # Neurons of each row: made on the CPU, or a GPU would be waited for.
+            lengths = torch.tensor(segment.sizes).repeat_interleave(torch.tensor(segment.rows)).to(order.device)
             grad_sorted_weights[segment.start : segment.end] = torch.segment_reduce(
                 by_row[0].to(grad_hidden.dtype), "sum", lengths=lengths, unsafe=True
             )
@@ -393,7 +383,7 @@ def _gated_experts_backward(
 def _(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, tile_offsets, activation, saved_numel):
     numel = torch.library.get_ctx().new_dynamic_size() if saved_numel < 0 else saved_numel
     order = top_k_index.new_empty(top_k_index.numel(), dtype=torch.int64)
-    counts = top_k_index.new_empty(len(tile_offsets) - 1, dtype=torch.int64)
+    counts = torch.empty(len(tile_offsets) - 1, dtype=torch.int64, device="cpu")
     return torch.empty_like(hidden_states), hidden_states.new_empty(numel), order, counts
 
 
