@@ -463,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_base = replace(point, layers=1) == Point()
         plain = point.dtype == "float32" and point.sizes == "arithmetic" and point.routing == "uniform"
         memory = point.backward and point.tokens >= 1024 and (plain or options.full) and not options.no_memory
-        seconds = options.seconds * (5 if is_base else 1)
+        seconds = options.seconds * (20 if is_base else 1)
         found = measure(point, options.contenders, rounds=options.rounds, max_seconds=seconds, memory=memory)
         table = timing.markdown_table(found, COLUMNS)
         bar.write(table if not rows else table.split("\n", 2)[2])

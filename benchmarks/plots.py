@@ -170,4 +170,5 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for axes in panels:
         found, labels = axes.get_legend_handles_labels()
         handles |= dict(zip(labels, found))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9)
+    columns = int(figure.get_figwidth() // 2.5)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9)

@@ -174,9 +174,13 @@ def test_files_that_travel_import_only_each_other_and_what_every_host_has(strang
     files = {path.stem: path for path in (strangers.saved / "AutoModel").glob("*.py")}
     assert "modeling_hmoe" in files
     for path in files.values():
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        guarded = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and "ImportError" in ast.unparse(node)]
+        optional = {node for guard in guarded for statement in guard.body for node in ast.walk(statement)}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                assert {alias.name.partition(".")[0] for alias in node.names} <= hosts, ast.unparse(node)
+                known = hosts | {"triton"} if node in optional else hosts
+                assert {alias.name.partition(".")[0] for alias in node.names} <= known, ast.unparse(node)
             elif isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and node.module in files, ast.unparse(node)
             elif isinstance(node, ast.ImportFrom):
