@@ -270,7 +270,9 @@ def test_opcheck_of_the_fused_op(saved: str):
     tensors = [hidden_states, weights, experts.gate_up_proj, experts.down_proj]
     hidden_states, weights, *bank = (tensor.detach().requires_grad_(saved != "nothing") for tensor in tensors)
     numel = {"exact": -1, "bounded": bound, "nothing": 0}[saved]
-    torch.library.opcheck(_gated_experts, (hidden_states, index, weights, *bank, experts.tile_offsets, "silu", numel))
+    inputs = hidden_states, index, weights, *bank, experts.tile_offsets, "silu", numel
+    results = torch.library.opcheck(_gated_experts, inputs)
+    assert set(results.values()) == {"SUCCESS"}, results
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -321,13 +321,14 @@ def test_opcheck_of_the_ops(kept: str):
     num_neurons = -1 if kept == "exact" else 8 * index.numel()
     settings = experts.tile_offsets, "silu"
     forward = hidden_states, index, weights, *banks, *settings, num_neurons, kept != "nothing"
-    torch.library.opcheck(triton_hmoe._triton_experts, forward)
+    results = [torch.library.opcheck(triton_hmoe._triton_experts, forward)]
     if kept == "bounded":
         inputs = [hidden_states.detach(), index, *(tensor.detach() for tensor in (weights, *banks))]
         output, *saved = triton_hmoe._triton_experts(*forward)
         for needed in ([True] * 4, [False, True, False, False]):
             backward = torch.ones_like(output), *inputs, *saved, *settings, needed
-            torch.library.opcheck(triton_hmoe._triton_experts_backward, backward)
+            results.append(torch.library.opcheck(triton_hmoe._triton_experts_backward, backward))
+    assert {outcome for result in results for outcome in result.values()} == {"SUCCESS"}, results
 
 
 def test_top_p_keeps_for_backward_what_its_used_slots_need():
