@@ -58,7 +58,7 @@ class TokenTimes(BaseStreamer):
                 self.times[0] = time.perf_counter()
 
     def end(self) -> None:
-        pass
+        """Called by `generate` after the last token; nothing is buffered here."""
 
 
 class Generator:

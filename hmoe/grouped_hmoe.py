@@ -87,7 +87,7 @@ def _segments(rows_per_expert: list[int], sizes: list[int], device: torch.device
     return segments
 
 
-def sort_pairs(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+def _sort_pairs(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     """(token, slot) pairs stably sorted by expert [T * K], unused slots last, and the number of pairs per expert."""
     flat = top_k_index.reshape(-1).clamp(max=num_experts)
     counts = torch.bincount(flat, minlength=num_experts + 1)
@@ -148,7 +148,7 @@ def _forward(
     sizes = _sizes(tile_offsets, tile)
     gate_up_of = _expert_matrices(gate_up_proj, sizes, transposed=True)
     down_of = _expert_matrices(down_proj, sizes)
-    order, rows_per_expert = sort_pairs(top_k_index, len(sizes))
+    order, rows_per_expert = _sort_pairs(top_k_index, len(sizes))
     segments = _segments(rows_per_expert, sizes, hidden_states.device)
     if saved_numel < 0:
         saved_numel = 2 * sum(segment.num_neurons for segment in segments)

@@ -98,6 +98,7 @@ class _SumsOfTokens(evaluate.Metric):
         return super().compute(**ours)
 
     def _sum(self, values: np.ndarray, references: np.ndarray) -> float:
+        """What the tokens that count add to the numerator: each metric's own."""
         raise NotImplementedError
 
 

@@ -75,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._dispatch("PUT")
 
     def log_message(self, *_: object) -> None:
-        pass
+        """Requests are not printed: the base class writes each to stderr."""
 
     def _dispatch(self, method: str) -> None:
         path = unquote(urlsplit(self.path).path)
