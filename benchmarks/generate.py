@@ -30,7 +30,6 @@ import twins
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging as transformers_logging
 
 import hmoe
 
@@ -167,10 +166,10 @@ def measure_loading(models: dict[str, PreTrainedModel], options: argparse.Namesp
     return rows
 
 
+@timing.quiet_logs()
 def load(model_class: str, folder: str) -> dict[str, float]:
     """Loads a checkpoint and reads its weights."""
     cls = getattr(hmoe if hasattr(hmoe, model_class) else transformers, model_class)
-    transformers_logging.disable_progress_bar()
     before, start = timing.restart_peak(), time.perf_counter()
     model = cls.from_pretrained(folder)
     seconds = time.perf_counter() - start
@@ -227,10 +226,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+@timing.quiet_logs()
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     torch.set_num_threads(options.threads)
-    transformers_logging.set_verbosity_error()
     models = {family: twins.make_model(family, twins_scale(options)).eval() for family in FAMILIES}
     loading = measure_loading(models, options)
     print(timing.markdown_table(loading, LOADING_COLUMNS), end="\n\n")

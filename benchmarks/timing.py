@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -18,7 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,28 @@ def show_spread(value: dict[str, float] | None, digits: int = 2) -> str:
         return "-"
     median, low, high = (f"{value[key]:.{digits}f}" for key in ("median", "low", "high"))
     return f"{median} ({low}-{high})"
+
+
+@contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Only errors are logged, without bars for the loading of weights; as a decorator too. Ends as it was found."""
+    library = transformers.utils.logging
+    hmoe_logger, verbosity, bars = (
+        logging.getLogger("hmoe"),
+        library.get_verbosity(),
+        library.is_progress_bar_enabled(),
+    )
+    level = hmoe_logger.level
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    hmoe_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bar()
+        hmoe_logger.setLevel(level)
 
 
 def progress(items: Sequence[Any], description: str) -> tqdm:

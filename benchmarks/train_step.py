@@ -18,7 +18,6 @@ path of `hmoe train` delivers, over how many training consumes.
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import tempfile
 import time
@@ -37,7 +36,6 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.utils import logging as transformers_logging
 
 from hmoe.training.arguments import HMoETrainingArguments
 from hmoe.training.options import DataOptions
@@ -283,11 +281,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+@timing.quiet_logs()
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     torch.set_num_threads(options.threads)
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("hmoe").setLevel(logging.ERROR)
     results: dict[str, list[timing.Row]] = {"twins": [], "trainers": []}
     with tempfile.TemporaryDirectory() as name:
         if "twins" in options.compare:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging as library_logging
 
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -117,6 +119,23 @@ def test_growth(tmp_path: Path):
     rows = read(tmp_path / "growth.json")["rows"]
     assert {row["against"] for row in rows} == {"experts", "tokens", "spread"}
     assert all(is_spread(row["ratio"]) for row in rows)
+
+
+def test_quiet_logs_end_as_they_were_found():
+    import timing
+
+    def found() -> tuple[int, int, bool]:
+        return (
+            logging.getLogger("hmoe").level,
+            library_logging.get_verbosity(),
+            library_logging.is_progress_bar_enabled(),
+        )
+
+    before = found()
+    with pytest.raises(RuntimeError, match="in between"), timing.quiet_logs():
+        assert found() == (logging.ERROR, logging.ERROR, False)
+        raise RuntimeError("in between")
+    assert found() == before
 
 
 def test_train_step(tmp_path: Path):
