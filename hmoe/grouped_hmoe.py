@@ -12,6 +12,7 @@ checkpoint, so it imports only torch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -43,70 +44,205 @@ _DECODING_PAIRS = 128
 # Limits in neurons of all rows, of which there are gate, up and product: of a segment of several experts; and of one
 # of one expert, larger, since each part of an expert reads its weights and adds to their gradients anew.
 _SEGMENT, _LONGEST_PART = 1 << 17, 1 << 21
+# A product takes at least the time of reading its matrix, as long as that of so many more rows; and a call as long as
+# so many rows of a neuron would at hidden size 1. Measured on CPUs; nothing is multiplied together on accelerators.
+_READING_ROWS, _CALL = 8, 1 << 20
 _ACCELERATOR_FACTOR = 1 << 8  # there is no cache to stay in there, but launches to save
 
 
-class _Segment(NamedTuple):
-    """Sorted pairs `start` to `end`: `rows[i]` of them are of `experts[i]`, of `sizes[i]` neurons."""
+class _Group(NamedTuple):
+    """One expert, or several consecutive ones of one size that are multiplied together, each with `num_rows` rows.
 
-    start: int
-    end: int
-    experts: list[int]
-    rows: list[int]
-    sizes: list[int]
+    Rows of zeros make up for those that an expert lacks.
+    """
+
+    first: int
+    num_experts: int
+    num_rows: int
+    size: int
+
+    @property
+    def num_rows_in_all(self) -> int:
+        return self.num_experts * self.num_rows
+
+    def shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Of a matrix [height, width] per expert."""
+        return (height, width) if self.num_experts == 1 else (self.num_experts, height, width)
+
+
+class _Segment(NamedTuple):
+    """Groups whose rows are gathered, activated and added to the output together."""
+
+    groups: list[_Group]
+    first_group: int  # in the plan
+    rows: slice
+    pairs: slice
     continues: bool  # its expert, then the only one, had rows in the segment before
 
     @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @property
     def num_neurons(self) -> int:
-        return sum(rows * size for rows, size in zip(self.rows, self.sizes))
+        return sum(group.num_rows_in_all * group.size for group in self.groups)
 
 
-def _segments(rows_per_expert: list[int], sizes: list[int], device: torch.device) -> list[_Segment]:
+class _Plan(NamedTuple):
+    """What is computed together, and in which row of the experts' inputs and outputs each sorted pair is."""
+
+    groups: list[_Group]
+    segments: list[_Segment]
+    num_rows: int
+    num_neurons: int
+    row_of_pair: Tensor | None  # [pairs], None where no group has rows of zeros
+
+
+def _plan(rows_per_expert: list[int], sizes: list[int], hidden: int, device: torch.device, max_neurons: int) -> _Plan:
+    """`max_neurons` bounds the neurons of all rows, if it is not negative; experts of their own always fit."""
+    groups = _groups(rows_per_expert, sizes, hidden, _SEGMENT if device.type == "cpu" else 0)
+    if 0 <= max_neurons < sum(group.num_rows_in_all * group.size for group in groups):
+        groups = _groups(rows_per_expert, sizes, hidden, 0)
+    segments = _segments(groups, rows_per_expert, device)
+    num_rows = sum(group.num_rows_in_all for group in groups)
+    num_neurons = sum(group.num_rows_in_all * group.size for group in groups)
+    if all(group.num_experts == 1 for group in groups):
+        return _Plan(groups, segments, num_rows, num_neurons, None)
+    offsets, row, pair = [], 0, 0
+    for group in groups:
+        for expert in range(group.first, group.first + group.num_experts):
+            offsets.append(row - pair)
+            row += group.num_rows
+            pair += rows_per_expert[expert]
+    counts = [count for group in groups for count in rows_per_expert[group.first : group.first + group.num_experts]]
+    row_of_pair = torch.arange(pair) + torch.tensor(offsets).repeat_interleave(torch.tensor(counts), output_size=pair)
+    return _Plan(groups, segments, num_rows, num_neurons, row_of_pair)
+
+
+def _groups(rows_per_expert: list[int], sizes: list[int], hidden: int, max_neurons: int) -> list[_Group]:
+    """Consecutive experts of one size together where that costs less, up to `max_neurons` neurons of all rows.
+
+    An expert without rows among others may be multiplied with them, as zeros.
+    """
+    groups: list[_Group] = []
+    call, cost, mergeable = _CALL / hidden, 0.0, False
+    first = num_experts = num_rows = group_size = 0
+    for expert, (rows, size) in enumerate(zip(rows_per_expert, sizes)):
+        if rows == 0 or size == 0:
+            mergeable = mergeable and size == group_size
+            continue
+        cost_alone = call + (rows + _READING_ROWS) * size
+        if mergeable and size == group_size:
+            most, number = max(rows, num_rows), expert + 1 - first
+            cost_together = call + number * (most + _READING_ROWS) * size
+            if cost_together <= cost + cost_alone and number * most * size <= max_neurons:
+                num_experts, num_rows, cost = number, most, cost_together
+                continue
+        if num_experts:
+            groups.append(_Group(first, num_experts, num_rows, group_size))
+        first, num_experts, num_rows, group_size, cost, mergeable = expert, 1, rows, size, cost_alone, True
+    if num_experts:
+        groups.append(_Group(first, num_experts, num_rows, group_size))
+    return groups
+
+
+def _segments(groups: list[_Group], rows_per_expert: list[int], device: torch.device) -> list[_Segment]:
     factor = 1 if device.type == "cpu" else _ACCELERATOR_FACTOR
     segments: list[_Segment] = []
-    room = start = 0
-    for expert, (rows, size) in enumerate(zip(rows_per_expert, sizes)):
-        if rows * size == 0:
-            start, room = start + rows, 0 if rows else room  # rows of an expert without tiles add nothing
-            continue
-        if rows * size <= room:
+    room = row = pair = 0
+    for number, group in enumerate(groups):
+        rows = group.num_rows_in_all
+        pairs = sum(rows_per_expert[group.first : group.first + group.num_experts])
+        neurons = rows * group.size
+        if neurons <= room:
             last = segments[-1]
-            last.experts.append(expert)
-            last.rows.append(rows)
-            last.sizes.append(size)
-            segments[-1] = last._replace(end=start + rows)
-            room -= rows * size
-            start += rows
-            continue
-        num_parts = min(-(-rows * size // (_LONGEST_PART * factor)), rows)
-        for part in range(num_parts):
-            part_rows = rows * (part + 1) // num_parts - rows * part // num_parts
-            segments.append(_Segment(start, start + part_rows, [expert], [part_rows], [size], continues=part > 0))
-            start += part_rows
-        room = _SEGMENT * factor - rows * size if num_parts == 1 else 0
+            last.groups.append(group)
+            segments[-1] = last._replace(
+                rows=slice(last.rows.start, row + rows), pairs=slice(last.pairs.start, pair + pairs)
+            )
+            room -= neurons
+        else:
+            num_parts = min(-(-neurons // (_LONGEST_PART * factor)), rows) if group.num_experts == 1 else 1
+            for part in range(num_parts):
+                start, end = rows * part // num_parts, rows * (part + 1) // num_parts
+                inside = group if num_parts == 1 else group._replace(num_rows=end - start)
+                end_pair = pair + (pairs if num_parts == 1 else end)
+                in_rows, in_pairs = slice(row + start, row + end), slice(pair + start, end_pair)
+                segments.append(_Segment([inside], number, in_rows, in_pairs, continues=part > 0))
+            room = _SEGMENT * factor - neurons if num_parts == 1 else 0
+        row, pair = row + rows, pair + pairs
     return segments
 
 
-def _sort_pairs(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """(token, slot) pairs stably sorted by expert [T * K], unused slots last, and the number of pairs per expert."""
+def _sort_pairs(top_k_index: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
+    """(token, slot) pairs stably sorted by expert [T * K], and the number of pairs per expert.
+
+    Slots that are unused or of experts without neurons come last and count for no expert.
+    """
+    num_experts = len(sizes)
     flat = top_k_index.reshape(-1).clamp(max=num_experts)
+    if 0 in sizes:
+        used = [expert if size else num_experts for expert, size in enumerate(sizes)] + [num_experts]
+        flat = torch.tensor(used, device=flat.device)[flat]
     counts = torch.bincount(flat, minlength=num_experts + 1)
     return torch.sort(flat, stable=True).indices, counts.tolist()[:num_experts]
 
 
-def _expert_matrices(bank: Tensor, sizes: list[int], transposed: bool = False) -> tuple[Tensor, ...]:
-    """The matrix of every expert, [I, H] or [2 I, H], or its transpose: views of the contiguous bank."""
+def _matrices(bank: Tensor, groups: list[_Group], sizes: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Views of the contiguous bank: a matrix [I, H] or [2 I, H] per expert of each group; all between the groups."""
     rows = bank.flatten(0, 1)
-    parts = [len(rows) // sum(sizes) * size for size in sizes]
-    return rows.t().split(parts, dim=1) if transposed else rows.split(parts)
+    factor = len(rows) // max(sum(sizes), 1)
+    lengths, expert = [], 0
+    for group in groups:
+        lengths += [factor * sum(sizes[expert : group.first]), factor * group.num_experts * group.size]
+        expert = group.first + group.num_experts
+    parts = rows.split([*lengths, factor * sum(sizes[expert:])])
+    matrices = [
+        part if group.num_experts == 1 else part.view(group.shape(factor * group.size, rows.shape[1]))
+        for group, part in zip(groups, parts[1::2])
+    ]
+    return matrices, [part for part in parts[::2] if len(part)]
 
 
-def _matrices(flat: Tensor, rows: list[int], columns: list[int]) -> list[Tensor]:
-    """The matrices [rows[i], columns[i]] that lie one after the other in a flat tensor."""
-    if len(rows) == 1:
-        return [flat.view(rows[0], columns[0])]
-    parts = flat.split([r * c for r, c in zip(rows, columns)])
-    return [part.view(r, c) for part, r, c in zip(parts, rows, columns)]
+def _rows_of(flat: Tensor, groups: list[_Group], factor: int) -> list[Tensor]:
+    """The rows of each group, `factor` times its size wide, which lie one after the other in a flat tensor."""
+    shapes = [group.shape(group.num_rows, factor * group.size) for group in groups]
+    if len(shapes) == 1:
+        return [flat.view(shapes[0])]
+    return [part.view(shape) for part, shape in zip(flat.split(list(map(math.prod, shapes))), shapes)]
+
+
+def _split_rows(rows: Tensor, groups: list[_Group]) -> list[Tensor]:
+    """The rows [rows, H] of each group."""
+    parts = rows.split([group.num_rows_in_all for group in groups])
+    return [
+        part if group.num_experts == 1 else part.view(group.shape(group.num_rows, rows.shape[1]))
+        for part, group in zip(parts, groups)
+    ]
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    (torch.mm if out.dim() == 2 else torch.bmm)(left, right, out=out)
+
+
+def _with_zero_row(rows: Tensor, plan: _Plan) -> Tensor:
+    return rows if plan.row_of_pair is None else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+
+
+def _of_pairs(rows: Tensor, plan: _Plan, segment: _Segment) -> Tensor:
+    """The rows of a segment that are not made up."""
+    if segment.num_rows == segment.pairs.stop - segment.pairs.start:
+        return rows
+    return rows.index_select(0, plan.row_of_pair[segment.pairs] - segment.rows.start)
+
+
+def _by_row(of_pairs: Tensor, plan: _Plan, missing: int) -> Tensor:
+    """[rows] of something that each sorted pair has, `missing` in rows of zeros."""
+    if plan.row_of_pair is None:
+        return of_pairs[: plan.num_rows]
+    return of_pairs.new_full((plan.num_rows,), missing).index_copy_(
+        0, plan.row_of_pair, of_pairs[: len(plan.row_of_pair)]
+    )
 
 
 def _activate(act: Callable[..., Tensor], gate: Tensor, out: Tensor) -> Tensor:
@@ -146,38 +282,39 @@ def _forward(
     """Adds to `output`; returns what the op returns beside it, with a list of the pairs per expert."""
     act, tile, hidden = ACTIVATIONS[activation][0], down_proj.shape[1], hidden_states.shape[1]
     sizes = _sizes(tile_offsets, tile)
-    gate_up_of = _expert_matrices(gate_up_proj, sizes, transposed=True)
-    down_of = _expert_matrices(down_proj, sizes)
-    order, rows_per_expert = _sort_pairs(top_k_index, len(sizes))
-    segments = _segments(rows_per_expert, sizes, hidden_states.device)
-    if saved_numel < 0:
-        saved_numel = 2 * sum(segment.num_neurons for segment in segments)
-    saved = hidden_states.new_empty(saved_numel)
+    order, rows_per_expert = _sort_pairs(top_k_index, sizes)
+    plan = _plan(rows_per_expert, sizes, hidden, hidden_states.device, saved_numel // 2 if saved_numel > 0 else -1)
+    gate_up_of, down_of = (_matrices(bank, plan.groups, sizes)[0] for bank in (gate_up_proj, down_proj))
+    saved = hidden_states.new_empty(2 * plan.num_neurons if saved_numel < 0 else saved_numel)
 
-    tokens = order // top_k_index.shape[1]
+    token_of_pair = order // top_k_index.shape[1]
+    token_of_row = _by_row(token_of_pair, plan, missing=len(hidden_states))
     weights = top_k_weights.reshape(-1).index_select(0, order).to(output.dtype).unsqueeze(1)  # [T * K, 1]
+    inputs_of_token = _with_zero_row(hidden_states, plan)
     # One buffer of each kind for all segments: fresh memory costs a CPU more than the arithmetic on it.
-    most_neurons, most_rows = _largest(segments)
+    most_neurons, most_rows = _largest(plan.segments)
     projected_buffer = saved if saved_numel else hidden_states.new_empty(2 * most_neurons)
     neurons_buffer = hidden_states.new_empty(most_neurons)
     inputs_buffer, output_buffer = (hidden_states.new_empty(most_rows, hidden) for _ in range(2))
     saved_start = 0
-    for segment in segments:
-        token, num_neurons = tokens[segment.start : segment.end], segment.num_neurons
+    for segment in plan.segments:
+        groups, num_rows, num_neurons = segment.groups, segment.num_rows, segment.num_neurons
         projected = projected_buffer[saved_start : saved_start + 2 * num_neurons]
         saved_start += 2 * num_neurons if saved_numel else 0
-        inputs = torch.index_select(hidden_states, 0, token, out=inputs_buffer[: len(token)]).split(segment.rows)
-        projected_of = _matrices(projected, segment.rows, [2 * size for size in segment.sizes])
-        for expert, rows, out in zip(segment.experts, inputs, projected_of):
-            torch.mm(rows, gate_up_of[expert], out=out)  # [rows, 2 I]
+        inputs = torch.index_select(inputs_of_token, 0, token_of_row[segment.rows], out=inputs_buffer[:num_rows])
+        for matrix, rows, out in zip(
+            gate_up_of[segment.first_group :], _split_rows(inputs, groups), _rows_of(projected, groups, 2)
+        ):
+            _multiply(rows, matrix.mT, out)  # [rows, 2 I]
         gate, up = projected.view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
         neurons = _activate(act, gate, neurons_buffer[:num_neurons].view(-1, tile)).mul_(up).view(-1)
-        expert_output = output_buffer[: len(token)]  # [rows, H]
-        neurons_of = _matrices(neurons, segment.rows, segment.sizes)
-        for expert, rows, out in zip(segment.experts, neurons_of, expert_output.split(segment.rows)):
-            torch.mm(rows, down_of[expert], out=out)
-        weighted = expert_output.to(output.dtype).mul_(weights[segment.start : segment.end])
-        _add_rows(output, token, weighted, segment.rows)
+        expert_output = output_buffer[:num_rows]  # [rows, H]
+        for matrix, rows, out in zip(
+            down_of[segment.first_group :], _rows_of(neurons, groups, 1), _split_rows(expert_output, groups)
+        ):
+            _multiply(rows, matrix, out)
+        weighted = _of_pairs(expert_output, plan, segment).to(output.dtype).mul_(weights[segment.pairs])
+        _add_rows(output, token_of_pair[segment.pairs], weighted, [group.num_rows for group in groups])
     return saved, order, rows_per_expert
 
 
@@ -187,7 +324,7 @@ def _sizes(tile_offsets: list[int], tile: int) -> list[int]:
 
 def _largest(segments: list[_Segment]) -> tuple[int, int]:
     """The most neurons and the most rows of a segment."""
-    return max((s.num_neurons for s in segments), default=0), max((s.end - s.start for s in segments), default=0)
+    return max((s.num_neurons for s in segments), default=0), max((s.num_rows for s in segments), default=0)
 
 
 def _decode(
@@ -305,51 +442,55 @@ def _gated_experts_backward(
     grad_gate_up = torch.empty_like(gate_up_proj) if bank_gradients else gate_up_proj.new_empty(0)
     grad_down = torch.empty_like(down_proj) if bank_gradients else down_proj.new_empty(0)
     sizes = _sizes(tile_offsets, tile)
-    gate_up_of = _expert_matrices(gate_up_proj, sizes)
-    down_of = _expert_matrices(down_proj, sizes, transposed=True)
+    plan = _plan(rows_per_expert, sizes, hidden, hidden_states.device, saved.numel() // 2)
+    gate_up_of, down_of = (_matrices(bank, plan.groups, sizes)[0] for bank in (gate_up_proj, down_proj))
     if bank_gradients:
-        grad_gate_up_of = _expert_matrices(grad_gate_up, sizes)
-        grad_down_of = _expert_matrices(grad_down, sizes)
-        for expert, num_rows in enumerate(rows_per_expert):
-            if num_rows == 0:
-                grad_gate_up_of[expert].zero_()
-                grad_down_of[expert].zero_()
-    tokens = order // top_k_weights.shape[1]
-    weights = top_k_weights.reshape(-1).index_select(0, order).to(hidden_states.dtype).unsqueeze(1)  # [T * K, 1]
-    grad_sorted_weights = torch.zeros(len(order), dtype=grad_hidden.dtype, device=order.device)
+        (grad_gate_up_of, unused), (grad_down_of, also_unused) = (
+            _matrices(bank, plan.groups, sizes) for bank in (grad_gate_up, grad_down)
+        )
+        for gradient in (*unused, *also_unused):
+            gradient.zero_()
+    token_of_pair = order // top_k_weights.shape[1]
+    token_of_row = _by_row(token_of_pair, plan, missing=len(hidden_states))
+    weights = top_k_weights.reshape(-1).index_select(0, order).to(hidden_states.dtype)
+    weight_of_row = _by_row(weights, plan, missing=0).unsqueeze(1)  # [rows, 1]
+    grad_weights_of_row = torch.zeros(plan.num_rows, dtype=grad_hidden.dtype, device=order.device)
+    inputs_of_token, grad_of_token = _with_zero_row(hidden_states, plan), _with_zero_row(grad_output, plan)
 
-    segments = _segments(rows_per_expert, sizes, hidden_states.device)
-    most_neurons, most_rows = _largest(segments)
+    most_neurons, most_rows = _largest(plan.segments)
     grad_projected_buffer = saved.new_empty(2 * most_neurons)
     grad_neurons_buffer, activated_buffer, neurons_buffer = (saved.new_empty(most_neurons) for _ in range(3))
     inputs_buffer, rows_buffer = (hidden_states.new_empty(most_rows, hidden) for _ in range(2))
     saved_start = 0
-    for segment in segments:
-        token, num_neurons = tokens[segment.start : segment.end], segment.num_neurons
+    for segment in plan.segments:
+        groups, num_rows, num_neurons = segment.groups, segment.num_rows, segment.num_neurons
+        token, matrices_of_segment = token_of_row[segment.rows], slice(segment.first_group, None)
         gate, up = saved[saved_start : saved_start + 2 * num_neurons].view(-1, 2, tile).unbind(1)  # [tiles of rows, g]
         saved_start += 2 * num_neurons
 
-        grad_rows = torch.index_select(grad_output, 0, token, out=rows_buffer[: len(token)]).split(segment.rows)
+        grad_rows = _split_rows(torch.index_select(grad_of_token, 0, token, out=rows_buffer[:num_rows]), groups)
         grad_neurons = grad_neurons_buffer[:num_neurons].view(-1, tile)  # without the routing weight at first
-        grad_neurons_of = _matrices(grad_neurons.view(-1), segment.rows, segment.sizes)
-        for expert, rows, out in zip(segment.experts, grad_rows, grad_neurons_of):
-            torch.mm(rows, down_of[expert], out=out)  # [rows, I]
+        for matrix, rows, out in zip(
+            down_of[matrices_of_segment], grad_rows, _rows_of(grad_neurons.view(-1), groups, 1)
+        ):
+            _multiply(rows, matrix.mT, out)  # [rows, I]
 
         activated = _activate(act, gate, activated_buffer[:num_neurons].view(-1, tile))
         neurons = torch.mul(activated, up, out=neurons_buffer[:num_neurons].view(-1, tile))
         products = torch.mul(neurons, grad_neurons, out=grad_projected_buffer[:num_neurons].view(-1, tile))
-        if len(segment.experts) == 1:
-            by_row = [tensor.view(segment.rows[0], -1) for tensor in (products, neurons, grad_neurons)]
-            torch.sum(by_row[0], 1, dtype=grad_hidden.dtype, out=grad_sorted_weights[segment.start : segment.end])
-            weight = weights[segment.start : segment.end]  # [rows, 1]
+        if len(groups) == 1:
+            by_row = [tensor.view(num_rows, -1) for tensor in (products, neurons, grad_neurons)]
+            torch.sum(by_row[0], 1, dtype=grad_hidden.dtype, out=grad_weights_of_row[segment.rows])
+            weight = weight_of_row[segment.rows]  # [rows, 1]
         else:
             by_row = [tensor.view(-1) for tensor in (products, neurons, grad_neurons)]
             # Neurons of each row: made on the CPU, or a GPU would be waited for.
-            lengths = torch.tensor(segment.sizes).repeat_interleave(torch.tensor(segment.rows)).to(order.device)
-            grad_sorted_weights[segment.start : segment.end] = torch.segment_reduce(
+            rows_of_group = torch.tensor([group.num_rows_in_all for group in groups])
+            lengths = torch.tensor([group.size for group in groups]).repeat_interleave(rows_of_group).to(order.device)
+            grad_weights_of_row[segment.rows] = torch.segment_reduce(
                 by_row[0].to(grad_hidden.dtype), "sum", lengths=lengths, unsafe=True
             )
-            weight = weights[segment.start : segment.end, 0].repeat_interleave(lengths, output_size=num_neurons)
+            weight = weight_of_row[segment.rows, 0].repeat_interleave(lengths, output_size=num_neurons)
         for tensor in by_row[1:]:
             tensor.mul_(weight)
         grad_projected = grad_projected_buffer[: 2 * num_neurons]
@@ -357,25 +498,33 @@ def _gated_experts_backward(
         torch.mul(grad_neurons, activated, out=grad_up)
         grad_gate.copy_(act_backward(grad_neurons.mul_(up), gate, grad_input=grad_neurons))
 
-        grad_projected_of = _matrices(grad_projected, segment.rows, [2 * size for size in segment.sizes])
+        grad_projected_of = _rows_of(grad_projected, groups, 2)
         if bank_gradients:
-            inputs = torch.index_select(hidden_states, 0, token, out=inputs_buffer[: len(token)]).split(segment.rows)
-            neurons_of = _matrices(neurons.view(-1), segment.rows, segment.sizes)
-            for i, expert in enumerate(segment.experts):
-                for grad, left, right in (
-                    (grad_down_of[expert], neurons_of[i], grad_rows[i]),
-                    (grad_gate_up_of[expert], grad_projected_of[i], inputs[i]),
-                ):
+            inputs = torch.index_select(inputs_of_token, 0, token, out=inputs_buffer[:num_rows])
+            for grad_of, left_of, right_of in (
+                (grad_down_of, _rows_of(neurons.view(-1), groups, 1), grad_rows),
+                (grad_gate_up_of, grad_projected_of, _split_rows(inputs, groups)),
+            ):
+                for grad, left, right in zip(grad_of[matrices_of_segment], left_of, right_of):
                     if segment.continues:
-                        grad.addmm_(left.t(), right)
+                        grad.addmm_(left.mT, right)
                     else:
-                        torch.mm(left.t(), right, out=grad)
-        grad_tokens = rows_buffer[: len(token)]  # [rows, H]
-        for expert, rows, out in zip(segment.experts, grad_projected_of, grad_tokens.split(segment.rows)):
-            torch.mm(rows, gate_up_of[expert], out=out)
-        _add_rows(grad_hidden, token, grad_tokens.to(grad_hidden.dtype), segment.rows)
+                        _multiply(left.mT, right, grad)
+        grad_tokens = rows_buffer[:num_rows]  # [rows, H]
+        for matrix, rows, out in zip(
+            gate_up_of[matrices_of_segment], grad_projected_of, _split_rows(grad_tokens, groups)
+        ):
+            _multiply(rows, matrix, out)
+        grad_of_pairs = _of_pairs(grad_tokens, plan, segment).to(grad_hidden.dtype)
+        _add_rows(grad_hidden, token_of_pair[segment.pairs], grad_of_pairs, [group.num_rows for group in groups])
     grad_weights = torch.empty_like(top_k_weights, memory_format=torch.contiguous_format)
-    grad_weights.view(-1).index_copy_(0, order, grad_sorted_weights.to(grad_weights.dtype))
+    # Slots that no expert used come last in the order.
+    used = sum(rows_per_expert)
+    if used < len(order):
+        grad_weights.zero_()
+    if plan.row_of_pair is not None:
+        grad_weights_of_row = grad_weights_of_row.index_select(0, plan.row_of_pair)
+    grad_weights.view(-1).index_copy_(0, order[:used], grad_weights_of_row.to(grad_weights.dtype))
     return grad_hidden.to(hidden_states.dtype, copy=False), grad_weights, grad_gate_up, grad_down
 
 
