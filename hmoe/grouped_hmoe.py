@@ -41,6 +41,9 @@ _OP_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 # Up to so many pairs, a forward pass without gradients is a decoding step: see `_decode`.
 _DECODING_PAIRS = 128
+# A matrix of up to so many elements stays in a CPU's cache while a few rows are multiplied with it; a larger one is
+# read in pieces of so many rows.
+_MATRIX_IN_CACHE, _PIECE = 1 << 18, 64
 # Limits in neurons of all rows, of which there are gate, up and product: of a segment of several experts; and of one
 # of one expert, larger, since each part of an expert reads its weights and adds to their gradients anew.
 _SEGMENT, _LONGEST_PART = 1 << 17, 1 << 21
@@ -64,6 +67,13 @@ class _Group(NamedTuple):
     @property
     def num_rows_in_all(self) -> int:
         return self.num_experts * self.num_rows
+
+    def idle_experts(self, rows_per_expert: list[int]) -> list[int]:
+        """Places in the group of experts without rows of their own, which a group of one never has."""
+        if self.num_experts == 1:
+            return []
+        rows = rows_per_expert[self.first : self.first + self.num_experts]
+        return [place for place, number in enumerate(rows) if number == 0]
 
     def shape(self, height: int, width: int) -> tuple[int, ...]:
         """Of a matrix [height, width] per expert."""
@@ -327,6 +337,23 @@ def _largest(segments: list[_Segment]) -> tuple[int, int]:
     return max((s.num_neurons for s in segments), default=0), max((s.num_rows for s in segments), default=0)
 
 
+def _project_up(rows: Tensor, matrix: Tensor) -> Tensor:
+    """The elements of rows @ matrix.t(), by the fastest of three ways for a few rows on a CPU.
+
+    In fp32 a large matrix is read fastest piece by piece, and at more rows from the left; in half precision, always
+    from the left.
+    """
+    num_rows = len(rows)
+    from_left = num_rows >= 2
+    if matrix.dtype in (torch.float32, torch.float64):
+        is_large = matrix.numel() > _MATRIX_IN_CACHE
+        if is_large and 4 <= num_rows < 16 and len(matrix) % _PIECE == 0:
+            pieces = matrix.view(-1, _PIECE, matrix.shape[1])
+            return torch.bmm(rows.expand(len(pieces), -1, -1), pieces.mT).transpose(0, 1).reshape(-1)
+        from_left = is_large and num_rows >= 16
+    return (matrix @ rows.t()).t().reshape(-1) if from_left else F.linear(rows, matrix).view(-1)
+
+
 def _decode(
     output: Tensor,
     hidden_states: Tensor,
@@ -353,34 +380,30 @@ def _decode(
     num_rows = list(counts.values())
     bounds = [(tile_offsets[expert] * tile, tile_offsets[expert + 1] * tile) for expert in counts]
     num_neurons = [rows * (end - start) for rows, (start, end) in zip(num_rows, bounds)]
-    # All views come first: between products that stream weights through the cache, each call would cost more.
+    # What can be done before the products is: once they have streamed weights through the cache, calls cost more.
     gate_up_rows, down_rows = gate_up_proj.flatten(0, 1), down_proj.flatten(0, 1)
     gate_up_matrices = [gate_up_rows[2 * start : 2 * end] for start, end in bounds]  # [2 I, H] each
     down_matrices = [down_rows[start:end] for start, end in bounds]  # [I, H] each
+    neurons = hidden_states.new_empty(sum(num_neurons))
+    neurons_of = [part.view(rows, -1) for part, rows in zip(neurons.split(num_neurons), num_rows)]
     if len(hidden_states) > 1:
-        token, pairs = torch.tensor(
-            [[pair // num_slots for pair in order], order], device=hidden_states.device
-        ).unbind(0)
+        indices = torch.tensor(order + [pair // num_slots for pair in order], device=hidden_states.device)
+        pairs, token = indices.chunk(2)
         inputs = hidden_states.index_select(0, token).split(num_rows)
+        weights = top_k_weights.reshape(-1).index_select(0, pairs).to(output.dtype).unsqueeze(1)  # [pairs, 1]
     else:
         inputs = [hidden_states.expand(rows, -1) if rows > 1 else hidden_states for rows in num_rows]
-    # The same product either way round; a CPU's libraries are faster with the weights on the left from here on.
-    weights_first = 12 if hidden_states.dtype in (torch.float32, torch.float64) else 2
-    projected = [
-        (matrix @ rows.t()).t().reshape(-1) if len(rows) >= weights_first else F.linear(rows, matrix).view(-1)
-        for rows, matrix in zip(inputs, gate_up_matrices)
-    ]
-    gate, up = torch.cat(projected).view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
-    neurons = gate.contiguous()
-    neurons = act(neurons, out=neurons).mul_(up).view(-1)
-    parts = [part.view(rows, -1) for part, rows in zip(neurons.split(num_neurons), num_rows)]
-    expert_output = torch.cat([torch.mm(rows, matrix) for rows, matrix in zip(parts, down_matrices)])  # [pairs, H]
-    if len(hidden_states) > 1:
-        weights = top_k_weights.reshape(-1).index_select(0, pairs).unsqueeze(1).to(output.dtype)
-        _add_rows(output, token, expert_output.to(output.dtype).mul_(weights), num_rows)
-    else:
         weights = top_k_weights[:, order].to(output.dtype)  # [1, pairs]
-        torch.mm(weights, expert_output.to(output.dtype), out=output)
+
+    projected = torch.cat([_project_up(rows, matrix) for rows, matrix in zip(inputs, gate_up_matrices)])
+    gate, up = projected.view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
+    _activate(act, gate, neurons.view(-1, tile)).mul_(up)
+    expert_output = torch.cat([torch.mm(rows, matrix) for rows, matrix in zip(neurons_of, down_matrices)])
+    expert_output = expert_output.to(output.dtype)  # [pairs, H]
+    if len(hidden_states) > 1:
+        _add_rows(output, token, expert_output.mul_(weights), num_rows)
+    else:
+        torch.mm(weights, expert_output, out=output)
 
 
 @torch.library.custom_op(f"{_OP_NAMESPACE}::gated_experts", mutates_args=())
@@ -510,6 +533,10 @@ def _gated_experts_backward(
                         grad.addmm_(left.mT, right)
                     else:
                         _multiply(left.mT, right, grad)
+            for grads in (grad_down_of[matrices_of_segment], grad_gate_up_of[matrices_of_segment]):
+                for grad, group in zip(grads, groups):
+                    for expert in group.idle_experts(rows_per_expert):
+                        grad[expert].zero_()  # its weights may be anything
         grad_tokens = rows_buffer[:num_rows]  # [rows, H]
         for matrix, rows, out in zip(
             gate_up_of[matrices_of_segment], grad_projected_of, _split_rows(grad_tokens, groups)

@@ -65,6 +65,9 @@ CASES = {
     "no-token-top-p": Case([8, 16, 24], num_tokens=0, num_slots=3, routing="top_p"),
     "one-token": Case([8, 16, 24], num_tokens=1),
     "wide": Case([1280, 64, 192], num_tokens=6),
+    "runs-of-equal-sizes": Case([8] * 6 + [16] * 5 + [8] * 3, num_tokens=20),
+    "runs-of-equal-sizes-idle-within": Case([8] * 6 + [16] * 5, num_tokens=20, idle=2),
+    "runs-of-equal-sizes-top-p": Case([8] * 6 + [24] * 6, num_tokens=9, num_slots=4, routing="top_p"),
 }
 
 
@@ -354,6 +357,53 @@ def test_inference_agrees_with_eager(routing: str, num_tokens: int, dtype: torch
     assert_close({"output": outputs["grouped_mm"]}, {"output": outputs["eager"]}, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 15, 16, 17])
+@pytest.mark.parametrize("height", [32, 2 * 576, 2 * 550], ids=["small", "large", "large, not of whole pieces"])
+def test_the_ways_of_multiplying_a_few_rows_agree(height: int, num_rows: int, dtype: torch.dtype):
+    assert (height * 256 > grouped_hmoe._MATRIX_IN_CACHE) == (height > 32)
+    rows, matrix = torch.randn(num_rows, 256).to(dtype), torch.randn(height, 256).to(dtype)
+    product = grouped_hmoe._project_up(rows, matrix).view(num_rows, height)
+    expected = rows.double() @ matrix.double().t()
+    assert_close({"product": product}, {"product": expected}, 8 * torch.finfo(dtype).eps)
+
+
+def test_experts_of_one_size_with_few_rows_are_multiplied_together():
+    def experts_and_rows(rows: list[int], sizes: list[int], hidden: int = 512) -> list[tuple[int, int, int]]:
+        groups = grouped_hmoe._groups(rows, sizes, hidden, grouped_hmoe._SEGMENT)
+        return [(group.first, group.num_experts, group.num_rows) for group in groups]
+
+    assert experts_and_rows([2, 1, 3, 2], [32] * 4) == [(0, 4, 3)]
+    assert experts_and_rows([2, 1, 3, 2], [32, 32, 64, 64]) == [(0, 2, 2), (2, 2, 3)]
+    assert experts_and_rows([2, 1, 3], [32, 64, 32]) == [(0, 1, 2), (1, 1, 1), (2, 1, 3)]
+    # One without rows is carried along where that is cheaper than another call, never at an end.
+    assert experts_and_rows([0, 2, 0, 3, 0], [32] * 5) == [(1, 3, 3)]
+    assert experts_and_rows([2, 0, 3], [4096] * 3) == [(0, 1, 2), (2, 1, 3)]
+    assert experts_and_rows([2, 0, 3], [32, 64, 32]) == [(0, 1, 2), (2, 1, 3)]
+    # Rows of zeros would cost more than a call.
+    assert experts_and_rows([2, 900], [1024] * 2) == [(0, 1, 2), (1, 1, 900)]
+    assert experts_and_rows([0, 0], [32] * 2) == []
+
+
+@pytest.mark.parametrize("room", [0, 1], ids=["for no row of zeros", "for all"])
+def test_a_bound_on_what_is_saved_holds(room: int):
+    """The compiler's bound counts no rows of zeros: where they do not fit, experts are multiplied one by one."""
+    case = Case([8] * 4, num_tokens=9, num_slots=1)
+    experts, (hidden_states, _, weights) = make_experts(case.sizes), make_inputs(case)
+    index = torch.tensor([0] * 6 + [1, 2, 3]).unsqueeze(1)
+    leaves = [hidden_states, weights, experts.gate_up_proj, experts.down_proj]
+    hidden_states, weights, *bank = (leaf.detach().requires_grad_() for leaf in leaves)
+    needed = 2 * 8 * 9
+    output, saved, *_ = _gated_experts(
+        hidden_states, index, weights, *bank, experts.tile_offsets, "silu", needed + room * 2 * 8 * 15
+    )
+    values = torch.autograd.grad(output, [hidden_states, weights, *bank], output_gradient(output))
+    names = ["hidden_states", "weights", "gate_up_proj", "down_proj"]
+    actual = {"output": output.detach(), **dict(zip(names, values))}
+    assert_close(actual, run_reference(experts, (hidden_states, index, weights)), 2e-6)
+    assert not saved.isnan().any(), "more was reserved than written"
+
+
 @pytest.mark.parametrize(("segment", "part"), [(1, 1), (100, 60), (300, 1 << 20), (1 << 20, 150)])
 @pytest.mark.parametrize("case", ["arithmetic", "64-experts", "top-p", "empty-first", "all-tokens-on-one"])
 def test_where_segments_end_changes_nothing(case: str, segment: int, part: int, monkeypatch: pytest.MonkeyPatch):
@@ -364,10 +414,14 @@ def test_where_segments_end_changes_nothing(case: str, segment: int, part: int, 
     assert_close(run(experts, "grouped_mm", inputs), run_reference(experts, inputs), 2e-6)
 
 
-@pytest.mark.parametrize("idle", [0, 3])
+@pytest.mark.parametrize(
+    ("sizes", "idle"),
+    [([8, 16, 24, 8], 0), ([8, 16, 24, 8], 3), ([8] * 6, 2)],
+    ids=["first", "last", "among experts of its size"],
+)
 @pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
-def test_weights_of_an_idle_expert_are_never_read(backend: str, idle: int):
-    experts, inputs = make_experts([8, 16, 24, 8]), make_inputs(Case([8, 16, 24, 8], idle=idle))
+def test_weights_of_an_idle_expert_count_for_nothing(backend: str, sizes: list[int], idle: int):
+    experts, inputs = make_experts(sizes), make_inputs(Case(sizes, idle=idle))
     expected = run(experts, backend, inputs)
     tiles = slice(experts.tile_offsets[idle], experts.tile_offsets[idle + 1])
     with torch.no_grad():
