@@ -1,13 +1,14 @@
-"""The products of experts of different sizes, one per expert and stage, on contiguous slices of the bank of tiles.
+"""The products of experts of different sizes on contiguous slices of the bank of tiles.
 
-The (token, slot) pairs are sorted by expert once. Gathering, activation and scattering are done for a segment of the
+There is one product per expert and stage, or one per run of experts of one size where rows are few. The (token, slot)
+pairs are sorted by expert once. Gathering, activation and scattering are done for a segment of the
 pairs at a time, in buffers that all segments share; the gate and up projections are all that is kept for backward.
 Sums have one order, so results are reproducible. On accelerators the host waits for the pairs per expert, once.
 
 Letters in shapes: T tokens, K expert slots per token, E experts, N tiles, g neurons per tile, H hidden size, I expert
     size.
 A slot with the id E (or more) is unused: it costs nothing and adds nothing. This file travels with every saved
-checkpoint, so it imports only torch.
+checkpoint, so it imports only torch and its sibling.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .grouping_hmoe import Group, Plan, Segment, make_plan
 
 
 _aten = torch.ops.aten
@@ -44,144 +46,6 @@ _DECODING_PAIRS = 128
 # A matrix of up to so many elements stays in a CPU's cache while a few rows are multiplied with it; a larger one is
 # read in pieces of so many rows.
 _MATRIX_IN_CACHE, _PIECE = 1 << 18, 64
-# Limits in neurons of all rows, of which there are gate, up and product: of a segment of several experts; and of one
-# of one expert, larger, since each part of an expert reads its weights and adds to their gradients anew.
-_SEGMENT, _LONGEST_PART = 1 << 17, 1 << 21
-# A product takes at least the time of reading its matrix, as long as that of so many more rows; and a call as long as
-# so many rows of a neuron would at hidden size 1. Measured on CPUs; nothing is multiplied together on accelerators.
-_READING_ROWS, _CALL = 8, 1 << 20
-_ACCELERATOR_FACTOR = 1 << 8  # there is no cache to stay in there, but launches to save
-
-
-class _Group(NamedTuple):
-    """One expert, or several consecutive ones of one size that are multiplied together, each with `num_rows` rows.
-
-    Rows of zeros make up for those that an expert lacks.
-    """
-
-    first: int
-    num_experts: int
-    num_rows: int
-    size: int
-
-    @property
-    def num_rows_in_all(self) -> int:
-        return self.num_experts * self.num_rows
-
-    def idle_experts(self, rows_per_expert: list[int]) -> list[int]:
-        """Places in the group of experts without rows of their own, which a group of one never has."""
-        if self.num_experts == 1:
-            return []
-        rows = rows_per_expert[self.first : self.first + self.num_experts]
-        return [place for place, number in enumerate(rows) if number == 0]
-
-    def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Of a matrix [height, width] per expert."""
-        return (height, width) if self.num_experts == 1 else (self.num_experts, height, width)
-
-
-class _Segment(NamedTuple):
-    """Groups whose rows are gathered, activated and added to the output together."""
-
-    groups: list[_Group]
-    first_group: int  # in the plan
-    rows: slice
-    pairs: slice
-    continues: bool  # its expert, then the only one, had rows in the segment before
-
-    @property
-    def num_rows(self) -> int:
-        return self.rows.stop - self.rows.start
-
-    @property
-    def num_neurons(self) -> int:
-        return sum(group.num_rows_in_all * group.size for group in self.groups)
-
-
-class _Plan(NamedTuple):
-    """What is computed together, and in which row of the experts' inputs and outputs each sorted pair is."""
-
-    groups: list[_Group]
-    segments: list[_Segment]
-    num_rows: int
-    num_neurons: int
-    row_of_pair: Tensor | None  # [pairs], None where no group has rows of zeros
-
-
-def _plan(rows_per_expert: list[int], sizes: list[int], hidden: int, device: torch.device, max_neurons: int) -> _Plan:
-    """`max_neurons` bounds the neurons of all rows, if it is not negative; experts of their own always fit."""
-    groups = _groups(rows_per_expert, sizes, hidden, _SEGMENT if device.type == "cpu" else 0)
-    if 0 <= max_neurons < sum(group.num_rows_in_all * group.size for group in groups):
-        groups = _groups(rows_per_expert, sizes, hidden, 0)
-    segments = _segments(groups, rows_per_expert, device)
-    num_rows = sum(group.num_rows_in_all for group in groups)
-    num_neurons = sum(group.num_rows_in_all * group.size for group in groups)
-    if all(group.num_experts == 1 for group in groups):
-        return _Plan(groups, segments, num_rows, num_neurons, None)
-    offsets, row, pair = [], 0, 0
-    for group in groups:
-        for expert in range(group.first, group.first + group.num_experts):
-            offsets.append(row - pair)
-            row += group.num_rows
-            pair += rows_per_expert[expert]
-    counts = [count for group in groups for count in rows_per_expert[group.first : group.first + group.num_experts]]
-    row_of_pair = torch.arange(pair) + torch.tensor(offsets).repeat_interleave(torch.tensor(counts), output_size=pair)
-    return _Plan(groups, segments, num_rows, num_neurons, row_of_pair)
-
-
-def _groups(rows_per_expert: list[int], sizes: list[int], hidden: int, max_neurons: int) -> list[_Group]:
-    """Consecutive experts of one size together where that costs less, up to `max_neurons` neurons of all rows.
-
-    An expert without rows among others may be multiplied with them, as zeros.
-    """
-    groups: list[_Group] = []
-    call, cost, mergeable = _CALL / hidden, 0.0, False
-    first = num_experts = num_rows = group_size = 0
-    for expert, (rows, size) in enumerate(zip(rows_per_expert, sizes)):
-        if rows == 0 or size == 0:
-            mergeable = mergeable and size == group_size
-            continue
-        cost_alone = call + (rows + _READING_ROWS) * size
-        if mergeable and size == group_size:
-            most, number = max(rows, num_rows), expert + 1 - first
-            cost_together = call + number * (most + _READING_ROWS) * size
-            if cost_together <= cost + cost_alone and number * most * size <= max_neurons:
-                num_experts, num_rows, cost = number, most, cost_together
-                continue
-        if num_experts:
-            groups.append(_Group(first, num_experts, num_rows, group_size))
-        first, num_experts, num_rows, group_size, cost, mergeable = expert, 1, rows, size, cost_alone, True
-    if num_experts:
-        groups.append(_Group(first, num_experts, num_rows, group_size))
-    return groups
-
-
-def _segments(groups: list[_Group], rows_per_expert: list[int], device: torch.device) -> list[_Segment]:
-    factor = 1 if device.type == "cpu" else _ACCELERATOR_FACTOR
-    segments: list[_Segment] = []
-    room = row = pair = 0
-    for number, group in enumerate(groups):
-        rows = group.num_rows_in_all
-        pairs = sum(rows_per_expert[group.first : group.first + group.num_experts])
-        neurons = rows * group.size
-        if neurons <= room:
-            last = segments[-1]
-            last.groups.append(group)
-            segments[-1] = last._replace(
-                rows=slice(last.rows.start, row + rows), pairs=slice(last.pairs.start, pair + pairs)
-            )
-            room -= neurons
-        else:
-            num_parts = min(-(-neurons // (_LONGEST_PART * factor)), rows) if group.num_experts == 1 else 1
-            for part in range(num_parts):
-                start, end = rows * part // num_parts, rows * (part + 1) // num_parts
-                inside = group if num_parts == 1 else group._replace(num_rows=end - start)
-                end_pair = pair + (pairs if num_parts == 1 else end)
-                in_rows, in_pairs = slice(row + start, row + end), slice(pair + start, end_pair)
-                segments.append(_Segment([inside], number, in_rows, in_pairs, continues=part > 0))
-            room = _SEGMENT * factor - neurons if num_parts == 1 else 0
-        row, pair = row + rows, pair + pairs
-    return segments
 
 
 def _sort_pairs(top_k_index: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
@@ -198,7 +62,7 @@ def _sort_pairs(top_k_index: Tensor, sizes: list[int]) -> tuple[Tensor, list[int
     return torch.sort(flat, stable=True).indices, counts.tolist()[:num_experts]
 
 
-def _matrices(bank: Tensor, groups: list[_Group], sizes: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+def _matrices(bank: Tensor, groups: list[Group], sizes: list[int]) -> tuple[list[Tensor], list[Tensor]]:
     """Views of the contiguous bank: a matrix [I, H] or [2 I, H] per expert of each group; all between the groups."""
     rows = bank.flatten(0, 1)
     factor = len(rows) // max(sum(sizes), 1)
@@ -214,7 +78,7 @@ def _matrices(bank: Tensor, groups: list[_Group], sizes: list[int]) -> tuple[lis
     return matrices, [part for part in parts[::2] if len(part)]
 
 
-def _rows_of(flat: Tensor, groups: list[_Group], factor: int) -> list[Tensor]:
+def _rows_of(flat: Tensor, groups: list[Group], factor: int) -> list[Tensor]:
     """The rows of each group, `factor` times its size wide, which lie one after the other in a flat tensor."""
     shapes = [group.shape(group.num_rows, factor * group.size) for group in groups]
     if len(shapes) == 1:
@@ -222,9 +86,9 @@ def _rows_of(flat: Tensor, groups: list[_Group], factor: int) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(flat.split(list(map(math.prod, shapes))), shapes)]
 
 
-def _split_rows(rows: Tensor, groups: list[_Group]) -> list[Tensor]:
+def _split_rows(rows: Tensor, groups: list[Group]) -> list[Tensor]:
     """The rows [rows, H] of each group."""
-    parts = rows.split([group.num_rows_in_all for group in groups])
+    parts = rows.split([group.total_rows for group in groups])
     return [
         part if group.num_experts == 1 else part.view(group.shape(group.num_rows, rows.shape[1]))
         for part, group in zip(parts, groups)
@@ -235,18 +99,18 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     (torch.mm if out.dim() == 2 else torch.bmm)(left, right, out=out)
 
 
-def _with_zero_row(rows: Tensor, plan: _Plan) -> Tensor:
+def _with_zero_row(rows: Tensor, plan: Plan) -> Tensor:
     return rows if plan.row_of_pair is None else torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
-def _of_pairs(rows: Tensor, plan: _Plan, segment: _Segment) -> Tensor:
+def _of_pairs(rows: Tensor, plan: Plan, segment: Segment) -> Tensor:
     """The rows of a segment that are not made up."""
-    if segment.num_rows == segment.pairs.stop - segment.pairs.start:
+    if plan.row_of_pair is None or not segment.has_made_up_rows:
         return rows
     return rows.index_select(0, plan.row_of_pair[segment.pairs] - segment.rows.start)
 
 
-def _by_row(of_pairs: Tensor, plan: _Plan, missing: int) -> Tensor:
+def _by_row(of_pairs: Tensor, plan: Plan, missing: int) -> Tensor:
     """[rows] of something that each sorted pair has, `missing` in rows of zeros."""
     if plan.row_of_pair is None:
         return of_pairs[: plan.num_rows]
@@ -293,7 +157,8 @@ def _forward(
     act, tile, hidden = ACTIVATIONS[activation][0], down_proj.shape[1], hidden_states.shape[1]
     sizes = _sizes(tile_offsets, tile)
     order, rows_per_expert = _sort_pairs(top_k_index, sizes)
-    plan = _plan(rows_per_expert, sizes, hidden, hidden_states.device, saved_numel // 2 if saved_numel > 0 else -1)
+    max_neurons = saved_numel // 2 if saved_numel > 0 else None
+    plan = make_plan(rows_per_expert, sizes, hidden, hidden_states.device, max_neurons)
     gate_up_of, down_of = (_matrices(bank, plan.groups, sizes)[0] for bank in (gate_up_proj, down_proj))
     saved = hidden_states.new_empty(2 * plan.num_neurons if saved_numel < 0 else saved_numel)
 
@@ -313,14 +178,14 @@ def _forward(
         saved_start += 2 * num_neurons if saved_numel else 0
         inputs = torch.index_select(inputs_of_token, 0, token_of_row[segment.rows], out=inputs_buffer[:num_rows])
         for matrix, rows, out in zip(
-            gate_up_of[segment.first_group :], _split_rows(inputs, groups), _rows_of(projected, groups, 2)
+            gate_up_of[segment.in_plan], _split_rows(inputs, groups), _rows_of(projected, groups, 2)
         ):
             _multiply(rows, matrix.mT, out)  # [rows, 2 I]
         gate, up = projected.view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
         neurons = _activate(act, gate, neurons_buffer[:num_neurons].view(-1, tile)).mul_(up).view(-1)
         expert_output = output_buffer[:num_rows]  # [rows, H]
         for matrix, rows, out in zip(
-            down_of[segment.first_group :], _rows_of(neurons, groups, 1), _split_rows(expert_output, groups)
+            down_of[segment.in_plan], _rows_of(neurons, groups, 1), _split_rows(expert_output, groups)
         ):
             _multiply(rows, matrix, out)
         weighted = _of_pairs(expert_output, plan, segment).to(output.dtype).mul_(weights[segment.pairs])
@@ -332,7 +197,7 @@ def _sizes(tile_offsets: list[int], tile: int) -> list[int]:
     return [tile * (end - start) for start, end in zip(tile_offsets, tile_offsets[1:])]
 
 
-def _largest(segments: list[_Segment]) -> tuple[int, int]:
+def _largest(segments: list[Segment]) -> tuple[int, int]:
     """The most neurons and the most rows of a segment."""
     return max((s.num_neurons for s in segments), default=0), max((s.num_rows for s in segments), default=0)
 
@@ -465,7 +330,7 @@ def _gated_experts_backward(
     grad_gate_up = torch.empty_like(gate_up_proj) if bank_gradients else gate_up_proj.new_empty(0)
     grad_down = torch.empty_like(down_proj) if bank_gradients else down_proj.new_empty(0)
     sizes = _sizes(tile_offsets, tile)
-    plan = _plan(rows_per_expert, sizes, hidden, hidden_states.device, saved.numel() // 2)
+    plan = make_plan(rows_per_expert, sizes, hidden, hidden_states.device, saved.numel() // 2)
     gate_up_of, down_of = (_matrices(bank, plan.groups, sizes)[0] for bank in (gate_up_proj, down_proj))
     if bank_gradients:
         (grad_gate_up_of, unused), (grad_down_of, also_unused) = (
@@ -487,15 +352,13 @@ def _gated_experts_backward(
     saved_start = 0
     for segment in plan.segments:
         groups, num_rows, num_neurons = segment.groups, segment.num_rows, segment.num_neurons
-        token, matrices_of_segment = token_of_row[segment.rows], slice(segment.first_group, None)
+        token, in_plan = token_of_row[segment.rows], segment.in_plan
         gate, up = saved[saved_start : saved_start + 2 * num_neurons].view(-1, 2, tile).unbind(1)  # [tiles of rows, g]
         saved_start += 2 * num_neurons
 
         grad_rows = _split_rows(torch.index_select(grad_of_token, 0, token, out=rows_buffer[:num_rows]), groups)
         grad_neurons = grad_neurons_buffer[:num_neurons].view(-1, tile)  # without the routing weight at first
-        for matrix, rows, out in zip(
-            down_of[matrices_of_segment], grad_rows, _rows_of(grad_neurons.view(-1), groups, 1)
-        ):
+        for matrix, rows, out in zip(down_of[in_plan], grad_rows, _rows_of(grad_neurons.view(-1), groups, 1)):
             _multiply(rows, matrix.mT, out)  # [rows, I]
 
         activated = _activate(act, gate, activated_buffer[:num_neurons].view(-1, tile))
@@ -508,7 +371,7 @@ def _gated_experts_backward(
         else:
             by_row = [tensor.view(-1) for tensor in (products, neurons, grad_neurons)]
             # Neurons of each row: made on the CPU, or a GPU would be waited for.
-            rows_of_group = torch.tensor([group.num_rows_in_all for group in groups])
+            rows_of_group = torch.tensor([group.total_rows for group in groups])
             lengths = torch.tensor([group.size for group in groups]).repeat_interleave(rows_of_group).to(order.device)
             grad_weights_of_row[segment.rows] = torch.segment_reduce(
                 by_row[0].to(grad_hidden.dtype), "sum", lengths=lengths, unsafe=True
@@ -528,19 +391,18 @@ def _gated_experts_backward(
                 (grad_down_of, _rows_of(neurons.view(-1), groups, 1), grad_rows),
                 (grad_gate_up_of, grad_projected_of, _split_rows(inputs, groups)),
             ):
-                for grad, left, right in zip(grad_of[matrices_of_segment], left_of, right_of):
+                for grad, left, right in zip(grad_of[in_plan], left_of, right_of):
                     if segment.continues:
                         grad.addmm_(left.mT, right)
                     else:
                         _multiply(left.mT, right, grad)
-            for grads in (grad_down_of[matrices_of_segment], grad_gate_up_of[matrices_of_segment]):
+            for grads in (grad_down_of[in_plan], grad_gate_up_of[in_plan]):
                 for grad, group in zip(grads, groups):
-                    for expert in group.idle_experts(rows_per_expert):
-                        grad[expert].zero_()  # its weights may be anything
+                    for expert, rows in enumerate(rows_per_expert[group.experts]):
+                        if rows == 0:
+                            grad[expert].zero_()  # whatever its weights are
         grad_tokens = rows_buffer[:num_rows]  # [rows, H]
-        for matrix, rows, out in zip(
-            gate_up_of[matrices_of_segment], grad_projected_of, _split_rows(grad_tokens, groups)
-        ):
+        for matrix, rows, out in zip(gate_up_of[in_plan], grad_projected_of, _split_rows(grad_tokens, groups)):
             _multiply(rows, matrix, out)
         grad_of_pairs = _of_pairs(grad_tokens, plan, segment).to(grad_hidden.dtype)
         _add_rows(grad_hidden, token_of_pair[segment.pairs], grad_of_pairs, [group.num_rows for group in groups])

@@ -11,7 +11,7 @@ from transformers import MixtralConfig
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from hmoe import HMoEConfig, expert_sizes, grouped_hmoe
+from hmoe import HMoEConfig, expert_sizes, grouped_hmoe, grouping_hmoe
 from hmoe.experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
 from hmoe.grouped_hmoe import ACTIVATIONS, _gated_experts
 from hmoe.modeling_hmoe import HMoESparseMoeBlock, route_top_k, route_top_p
@@ -182,7 +182,7 @@ def test_a_layer_of_the_papers_models(preset: str):
 def test_thousands_of_tokens_on_one_expert():
     """More than one part holds, so that the parts of its gradient are added."""
     case = Case([1536, 64], num_tokens=1500, num_slots=1, routing="first")
-    assert case.num_tokens * max(case.sizes) > grouped_hmoe._LONGEST_PART
+    assert case.num_tokens * max(case.sizes) > grouping_hmoe._LONGEST_PART
     hidden_states, index, weights = make_inputs(case)
     expected = run(make_experts(case.sizes).double(), "eager", (hidden_states.double(), index, weights.double()))
     actual = run(make_experts(case.sizes), "grouped_mm", (hidden_states, index, weights))
@@ -370,7 +370,7 @@ def test_the_ways_of_multiplying_a_few_rows_agree(height: int, num_rows: int, dt
 
 def test_experts_of_one_size_with_few_rows_are_multiplied_together():
     def experts_and_rows(rows: list[int], sizes: list[int], hidden: int = 512) -> list[tuple[int, int, int]]:
-        groups = grouped_hmoe._groups(rows, sizes, hidden, grouped_hmoe._SEGMENT)
+        groups = grouping_hmoe._groups(rows, sizes, hidden, grouping_hmoe._SEGMENT)
         return [(group.first, group.num_experts, group.num_rows) for group in groups]
 
     assert experts_and_rows([2, 1, 3, 2], [32] * 4) == [(0, 4, 3)]
@@ -409,8 +409,8 @@ def test_a_bound_on_what_is_saved_holds(room: int):
 def test_where_segments_end_changes_nothing(case: str, segment: int, part: int, monkeypatch: pytest.MonkeyPatch):
     """Segments of one expert, of several, and experts cut into parts that add to the same gradient."""
     experts, inputs = make_experts(CASES[case].sizes), make_inputs(CASES[case])
-    monkeypatch.setattr(grouped_hmoe, "_SEGMENT", segment)
-    monkeypatch.setattr(grouped_hmoe, "_LONGEST_PART", part)
+    monkeypatch.setattr(grouping_hmoe, "_SEGMENT", segment)
+    monkeypatch.setattr(grouping_hmoe, "_LONGEST_PART", part)
     assert_close(run(experts, "grouped_mm", inputs), run_reference(experts, inputs), 2e-6)
 
 

@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
 def test_final_folder_carries_weights_tokenizer_code_and_card(finished):
     _, folder = finished
     names = {path.name for path in folder.iterdir()}
-    code = {"modeling_hmoe.py", "configuration_hmoe.py", "experts_hmoe.py", "grouped_hmoe.py", "losses_hmoe.py"}
+    code = {f"{name}_hmoe.py" for name in ("modeling", "configuration", "experts", "grouped", "grouping", "losses")}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "metrics.jsonl"} | code <= names
 
 
