@@ -62,7 +62,9 @@ def _sort_pairs(top_k_index: Tensor, sizes: list[int]) -> tuple[Tensor, list[int
     return torch.sort(flat, stable=True).indices, counts.tolist()[:num_experts]
 
 
-def _matrices(bank: Tensor, groups: list[Group], sizes: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+def _matrices(
+    bank: Tensor, groups: list[Group], sizes: list[int], transposed: bool = False
+) -> tuple[list[Tensor], list[Tensor]]:
     """Views of the contiguous bank: a matrix [I, H] or [2 I, H] per expert of each group; all between the groups."""
     rows = bank.flatten(0, 1)
     factor = len(rows) // max(sum(sizes), 1)
@@ -70,11 +72,17 @@ def _matrices(bank: Tensor, groups: list[Group], sizes: list[int]) -> tuple[list
     for group in groups:
         lengths += [factor * sum(sizes[expert : group.first]), factor * group.num_experts * group.size]
         expert = group.first + group.num_experts
-    parts = rows.split([*lengths, factor * sum(sizes[expert:])])
-    matrices = [
-        part if group.num_experts == 1 else part.view(group.shape(factor * group.size, rows.shape[1]))
-        for group, part in zip(groups, parts[1::2])
-    ]
+    lengths.append(factor * sum(sizes[expert:]))
+    parts = rows.t().split(lengths, dim=1) if transposed else rows.split(lengths)
+    matrices = list(parts[1::2])
+    for i, group in enumerate(groups):
+        if group.num_experts > 1:
+            height = factor * group.size
+            matrices[i] = (
+                matrices[i].unflatten(1, (-1, height)).transpose(0, 1)
+                if transposed
+                else matrices[i].unflatten(0, (-1, height))
+            )
     return matrices, [part for part in parts[::2] if len(part)]
 
 
@@ -158,8 +166,9 @@ def _forward(
     sizes = _sizes(tile_offsets, tile)
     order, rows_per_expert = _sort_pairs(top_k_index, sizes)
     max_neurons = saved_numel // 2 if saved_numel > 0 else None
-    plan = make_plan(rows_per_expert, sizes, hidden, hidden_states.device, max_neurons)
-    gate_up_of, down_of = (_matrices(bank, plan.groups, sizes)[0] for bank in (gate_up_proj, down_proj))
+    plan = make_plan(rows_per_expert, sizes, hidden_states, training=saved_numel != 0, max_neurons=max_neurons)
+    gate_up_of = _matrices(gate_up_proj, plan.groups, sizes, transposed=True)[0]
+    down_of = _matrices(down_proj, plan.groups, sizes)[0]
     saved = hidden_states.new_empty(2 * plan.num_neurons if saved_numel < 0 else saved_numel)
 
     token_of_pair = order // top_k_index.shape[1]
@@ -180,7 +189,7 @@ def _forward(
         for matrix, rows, out in zip(
             gate_up_of[segment.in_plan], _split_rows(inputs, groups), _rows_of(projected, groups, 2)
         ):
-            _multiply(rows, matrix.mT, out)  # [rows, 2 I]
+            _multiply(rows, matrix, out)  # [rows, 2 I]
         gate, up = projected.view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
         neurons = _activate(act, gate, neurons_buffer[:num_neurons].view(-1, tile)).mul_(up).view(-1)
         expert_output = output_buffer[:num_rows]  # [rows, H]
@@ -330,8 +339,9 @@ def _gated_experts_backward(
     grad_gate_up = torch.empty_like(gate_up_proj) if bank_gradients else gate_up_proj.new_empty(0)
     grad_down = torch.empty_like(down_proj) if bank_gradients else down_proj.new_empty(0)
     sizes = _sizes(tile_offsets, tile)
-    plan = make_plan(rows_per_expert, sizes, hidden, hidden_states.device, saved.numel() // 2)
-    gate_up_of, down_of = (_matrices(bank, plan.groups, sizes)[0] for bank in (gate_up_proj, down_proj))
+    plan = make_plan(rows_per_expert, sizes, hidden_states, training=True, max_neurons=saved.numel() // 2)
+    gate_up_of = _matrices(gate_up_proj, plan.groups, sizes)[0]
+    down_of = _matrices(down_proj, plan.groups, sizes, transposed=True)[0]
     if bank_gradients:
         (grad_gate_up_of, unused), (grad_down_of, also_unused) = (
             _matrices(bank, plan.groups, sizes) for bank in (grad_gate_up, grad_down)
@@ -359,7 +369,7 @@ def _gated_experts_backward(
         grad_rows = _split_rows(torch.index_select(grad_of_token, 0, token, out=rows_buffer[:num_rows]), groups)
         grad_neurons = grad_neurons_buffer[:num_neurons].view(-1, tile)  # without the routing weight at first
         for matrix, rows, out in zip(down_of[in_plan], grad_rows, _rows_of(grad_neurons.view(-1), groups, 1)):
-            _multiply(rows, matrix.mT, out)  # [rows, I]
+            _multiply(rows, matrix, out)  # [rows, I]
 
         activated = _activate(act, gate, activated_buffer[:num_neurons].view(-1, tile))
         neurons = torch.mul(activated, up, out=neurons_buffer[:num_neurons].view(-1, tile))

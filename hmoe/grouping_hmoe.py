@@ -7,6 +7,7 @@ missing ones of zeros. This file travels with every saved checkpoint, so it impo
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 # of one expert, larger, since each part of an expert reads its weights and adds to their gradients anew.
 _SEGMENT, _LONGEST_PART = 1 << 17, 1 << 21
 _ACCELERATOR_FACTOR = 1 << 8  # there is no cache to stay in there, but launches to save
-# A product takes at least the time of reading its matrix, as long as that of so many more rows; and a call as long as
-# so many rows of a neuron would at hidden size 1. Measured on CPUs; nothing is multiplied together on accelerators.
-_READING_ROWS, _CALL = 8, 1 << 20
+# Costs in rows of a neuron. Reading the matrix of a product: those of so many rows. A product on its own, at hidden
+# size 1: more in half precision, where it is prepared every time, and in training, where one product for several
+# experts also writes their gradients in parallel. Making up rows: for every pair, which is copied once more. Measured
+# on CPUs; nothing is multiplied together on accelerators.
+_READING, _CALL, _DEAR_CALL, _COPYING = 4, 1 << 18, 1 << 20, 20
 
 
 class Group(NamedTuple):
@@ -84,52 +87,60 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    rows_per_expert: list[int], sizes: list[int], hidden_size: int, device: torch.device, max_neurons: int | None
+    rows_per_expert: list[int],
+    sizes: list[int],
+    hidden_states: Tensor,
+    *,
+    training: bool,
+    max_neurons: int | None = None,
 ) -> Plan:
     """The plan for experts with so many pairs, whose neurons of all rows are at most `max_neurons`.
 
     Rows of zeros count too, and are left out if they do not fit; `max_neurons` must hold those of the pairs.
     """
-    groups = _groups(rows_per_expert, sizes, hidden_size, _SEGMENT if device.type == "cpu" else 0)
-    if max_neurons is not None and sum(group.num_neurons for group in groups) > max_neurons:
-        groups = _groups(rows_per_expert, sizes, hidden_size, 0)
+    groups = [Group(i, 1, rows, size) for i, (rows, size) in enumerate(zip(rows_per_expert, sizes)) if rows * size]
+    if hidden_states.device.type == "cpu":
+        is_dear = training or hidden_states.dtype.itemsize < 4
+        call = (_DEAR_CALL if is_dear else _CALL) / hidden_states.shape[1]
+        together, saving = _multiplied_together(groups, sizes, call)
+        fits = max_neurons is None or sum(group.num_neurons for group in together) <= max_neurons
+        if fits and saving > _COPYING * sum(group.num_rows for group in groups):
+            groups = together
     row_of_pair = None
     if any(group.num_experts > 1 for group in groups):
         row_of_pair = _rows_of_pairs(groups, rows_per_expert)
     return Plan(
         groups,
-        _segments(groups, rows_per_expert, device),
+        _segments(groups, rows_per_expert, hidden_states.device),
         sum(group.total_rows for group in groups),
         sum(group.num_neurons for group in groups),
         row_of_pair,
     )
 
 
-def _groups(rows_per_expert: list[int], sizes: list[int], hidden_size: int, max_neurons: int) -> list[Group]:
-    """Consecutive experts of one size together where that costs less, each group up to `max_neurons` of all rows.
+def _multiplied_together(experts: list[Group], sizes: list[int], call: float) -> tuple[list[Group], float]:
+    """Consecutive experts of one size together where that costs less, and how much less in all.
 
-    An expert without rows among others may be multiplied with them, as zeros.
+    An expert without rows among others may be multiplied with them, as zeros. `call` is what a product costs beside
+    its rows and matrix.
     """
     groups: list[Group] = []
-    call, cost, is_open = _CALL / hidden_size, 0.0, False
-    first = num_experts = num_rows = group_size = 0
-    for expert, (rows, size) in enumerate(zip(rows_per_expert, sizes)):
-        if rows == 0 or size == 0:
-            is_open = is_open and size == group_size
-            continue
-        cost_alone = call + (rows + _READING_ROWS) * size
-        if is_open and size == group_size:
-            number, most = expert + 1 - first, max(rows, num_rows)
-            cost_together = call + number * (most + _READING_ROWS) * size
-            if cost_together <= cost + cost_alone and number * most * size <= max_neurons:
-                num_experts, num_rows, cost = number, most, cost_together
+    total_saving = cost = 0.0
+    for first, _, rows, size in experts:
+        cost_alone = call + (rows + _READING) * size
+        if groups and groups[-1].size == size:
+            last = groups[-1]
+            number, most = first + 1 - last.first, max(rows, last.num_rows)
+            saving = cost + cost_alone - call - number * (most + _READING) * size
+            are_a_run = number == last.num_experts + 1 or set(sizes[last.first : first]) == {size}
+            if saving >= 0 and number * most * size <= _SEGMENT and are_a_run:
+                groups[-1] = Group(last.first, number, most, size)
+                cost += cost_alone - saving
+                total_saving += saving
                 continue
-        if num_experts:
-            groups.append(Group(first, num_experts, num_rows, group_size))
-        first, num_experts, num_rows, group_size, cost, is_open = expert, 1, rows, size, cost_alone, True
-    if num_experts:
-        groups.append(Group(first, num_experts, num_rows, group_size))
-    return groups
+        groups.append(Group(first, 1, rows, size))
+        cost = cost_alone
+    return groups, total_saving
 
 
 def _rows_of_pairs(groups: list[Group], rows_per_expert: list[int]) -> Tensor:
@@ -146,28 +157,27 @@ def _rows_of_pairs(groups: list[Group], rows_per_expert: list[int]) -> Tensor:
 def _segments(groups: list[Group], rows_per_expert: list[int], device: torch.device) -> list[Segment]:
     """Several groups up to a limit; one that exceeds it alone; one expert that exceeds another limit in parts."""
     factor = 1 if device.type == "cpu" else _ACCELERATOR_FACTOR
+    neurons = [group.num_neurons for group in groups]
+    row_bounds = [0, *accumulate(group.total_rows for group in groups)]
+    pair_bounds = [0, *accumulate(sum(rows_per_expert[group.experts]) for group in groups)]
     segments: list[Segment] = []
-    room = row = pair = 0
-    for number, group in enumerate(groups):
-        end_row, end_pair = row + group.total_rows, pair + sum(rows_per_expert[group.experts])
-        num_parts = 1
-        if group.num_experts == 1:
-            num_parts = min(-(-group.num_neurons // (_LONGEST_PART * factor)), group.num_rows)
-        if group.num_neurons <= room:
-            last = segments[-1]
-            last.groups.append(group)
-            rows, pairs = slice(last.rows.start, end_row), slice(last.pairs.start, end_pair)
-            segments[-1] = last._replace(rows=rows, pairs=pairs)
-            room -= group.num_neurons
-        elif num_parts == 1:
-            segments.append(Segment([group], number, slice(row, end_row), slice(pair, end_pair), continues=False))
-            room = _SEGMENT * factor - group.num_neurons
-        else:
+    start = 0
+    while start < len(groups):
+        group, end = groups[start], start + 1
+        num_parts = min(-(-neurons[start] // (_LONGEST_PART * factor)), group.num_rows)
+        if num_parts > 1 and group.num_experts == 1:
             bounds = [group.num_rows * part // num_parts for part in range(num_parts + 1)]
-            for start, end in zip(bounds, bounds[1:]):
-                part_of_group = group._replace(num_rows=end - start)
-                rows, pairs = slice(row + start, row + end), slice(pair + start, pair + end)
-                segments.append(Segment([part_of_group], number, rows, pairs, continues=start > 0))
-            room = 0
-        row, pair = end_row, end_pair
+            for first, last in zip(bounds, bounds[1:]):
+                rows = slice(row_bounds[start] + first, row_bounds[start] + last)
+                pairs = slice(pair_bounds[start] + first, pair_bounds[start] + last)
+                part_of_group = group._replace(num_rows=last - first)
+                segments.append(Segment([part_of_group], start, rows, pairs, continues=first > 0))
+        else:
+            room = _SEGMENT * factor - neurons[start]
+            while end < len(groups) and neurons[end] <= room:
+                room -= neurons[end]
+                end += 1
+            rows, pairs = slice(row_bounds[start], row_bounds[end]), slice(pair_bounds[start], pair_bounds[end])
+            segments.append(Segment(groups[start:end], start, rows, pairs, continues=False))
+        start = end
     return segments

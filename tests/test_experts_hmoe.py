@@ -14,6 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from hmoe import HMoEConfig, expert_sizes, grouped_hmoe, grouping_hmoe
 from hmoe.experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
 from hmoe.grouped_hmoe import ACTIVATIONS, _gated_experts
+from hmoe.grouping_hmoe import make_plan
 from hmoe.modeling_hmoe import HMoESparseMoeBlock, route_top_k, route_top_p
 
 
@@ -369,8 +370,8 @@ def test_the_ways_of_multiplying_a_few_rows_agree(height: int, num_rows: int, dt
 
 
 def test_experts_of_one_size_with_few_rows_are_multiplied_together():
-    def experts_and_rows(rows: list[int], sizes: list[int], hidden: int = 512) -> list[tuple[int, int, int]]:
-        groups = grouping_hmoe._groups(rows, sizes, hidden, grouping_hmoe._SEGMENT)
+    def experts_and_rows(rows: list[int], sizes: list[int]) -> list[tuple[int, int, int]]:
+        groups = make_plan(rows, sizes, torch.empty(sum(rows), 512), training=True).groups
         return [(group.first, group.num_experts, group.num_rows) for group in groups]
 
     assert experts_and_rows([2, 1, 3, 2], [32] * 4) == [(0, 4, 3)]
