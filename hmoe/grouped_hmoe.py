@@ -43,9 +43,8 @@ _OP_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 # Up to so many pairs, a forward pass without gradients is a decoding step: see `_decode`.
 _DECODING_PAIRS = 128
-# A matrix of up to so many elements stays in a CPU's cache while a few rows are multiplied with it; a larger one is
-# read in pieces of so many rows.
-_MATRIX_IN_CACHE, _PIECE = 1 << 18, 64
+# A large matrix is read by a few rows in pieces of so many of its own.
+_PIECE_UP, _PIECE_DOWN = 64, 32
 
 
 def _sort_pairs(top_k_index: Tensor, sizes: list[int]) -> tuple[Tensor, list[int]]:
@@ -217,15 +216,27 @@ def _project_up(rows: Tensor, matrix: Tensor) -> Tensor:
     In fp32 a large matrix is read fastest piece by piece, and at more rows from the left; in half precision, always
     from the left.
     """
-    num_rows = len(rows)
-    from_left = num_rows >= 2
+    from_left = len(rows) >= 2
     if matrix.dtype in (torch.float32, torch.float64):
-        is_large = matrix.numel() > _MATRIX_IN_CACHE
-        if is_large and 4 <= num_rows < 16 and len(matrix) % _PIECE == 0:
-            pieces = matrix.view(-1, _PIECE, matrix.shape[1])
+        if 4 <= len(rows) < 16 and _is_large(matrix, _PIECE_UP):
+            pieces = matrix.unflatten(0, (-1, _PIECE_UP))
             return torch.bmm(rows.expand(len(pieces), -1, -1), pieces.mT).transpose(0, 1).reshape(-1)
-        from_left = is_large and num_rows >= 16
+        from_left = len(rows) >= 16 and _is_large(matrix)
     return (matrix @ rows.t()).t().reshape(-1) if from_left else F.linear(rows, matrix).view(-1)
+
+
+def _project_down(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows @ matrix, as a sum over pieces of a large matrix where that is faster for a few rows on a CPU."""
+    is_exact = matrix.dtype in (torch.float32, torch.float64)  # sums of half-precision pieces would be rounded
+    if is_exact and 2 <= len(rows) <= 6 and _is_large(matrix, _PIECE_DOWN):
+        pieces = matrix.unflatten(0, (-1, _PIECE_DOWN))
+        return torch.bmm(rows.unflatten(1, (-1, _PIECE_DOWN)).transpose(0, 1), pieces).sum(0)
+    return torch.mm(rows, matrix)
+
+
+def _is_large(matrix: Tensor, piece: int = 1) -> bool:
+    """Larger than what a CPU's cache keeps while a few rows are multiplied with it, and made of whole pieces."""
+    return matrix.numel() > 1 << 18 and len(matrix) % piece == 0
 
 
 def _decode(
@@ -272,7 +283,7 @@ def _decode(
     projected = torch.cat([_project_up(rows, matrix) for rows, matrix in zip(inputs, gate_up_matrices)])
     gate, up = projected.view(-1, 2, tile).unbind(1)  # [tiles of all rows, g] each
     _activate(act, gate, neurons.view(-1, tile)).mul_(up)
-    expert_output = torch.cat([torch.mm(rows, matrix) for rows, matrix in zip(neurons_of, down_matrices)])
+    expert_output = torch.cat([_project_down(rows, matrix) for rows, matrix in zip(neurons_of, down_matrices)])
     expert_output = expert_output.to(output.dtype)  # [pairs, H]
     if len(hidden_states) > 1:
         _add_rows(output, token, expert_output.mul_(weights), num_rows)

@@ -359,14 +359,18 @@ def test_inference_agrees_with_eager(routing: str, num_tokens: int, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 15, 16, 17])
-@pytest.mark.parametrize("height", [32, 2 * 576, 2 * 550], ids=["small", "large", "large, not of whole pieces"])
-def test_the_ways_of_multiplying_a_few_rows_agree(height: int, num_rows: int, dtype: torch.dtype):
-    assert (height * 256 > grouped_hmoe._MATRIX_IN_CACHE) == (height > 32)
-    rows, matrix = torch.randn(num_rows, 256).to(dtype), torch.randn(height, 256).to(dtype)
-    product = grouped_hmoe._project_up(rows, matrix).view(num_rows, height)
-    expected = rows.double() @ matrix.double().t()
-    assert_close({"product": product}, {"product": expected}, 8 * torch.finfo(dtype).eps)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 6, 7, 15, 16, 17])
+@pytest.mark.parametrize("size", [16, 1152, 1100], ids=["small", "large", "large, not of whole pieces"])
+def test_the_ways_of_multiplying_a_few_rows_agree(size: int, num_rows: int, dtype: torch.dtype):
+    rows, neurons = torch.randn(num_rows, 256).to(dtype), torch.randn(num_rows, size).to(dtype)
+    matrix = torch.randn(size, 256).to(dtype)
+    assert grouped_hmoe._is_large(matrix) == (size > 16)
+    actual = {
+        "up": grouped_hmoe._project_up(rows, matrix).view(num_rows, size),
+        "down": grouped_hmoe._project_down(neurons, matrix),
+    }
+    expected = {"up": rows.double() @ matrix.double().t(), "down": neurons.double() @ matrix.double()}
+    assert_close(actual, expected, 8 * torch.finfo(dtype).eps)
 
 
 def test_experts_of_one_size_with_few_rows_are_multiplied_together():
