@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmoe import PRESETS, HMoEConfig, HMoEForCausalLM, count_parameters, expert_sizes
-from hmoe.configuration_hmoe import CONFIG_FORMAT_VERSION, SIZE_STRATEGIES
+from hmoe.configuration_hmoe import CONFIG_FORMAT_VERSION
+from hmoe.sizes_hmoe import SIZE_STRATEGIES
 
 
 # What a refusal may raise; the last wraps the other two where huggingface_hub checks a field or a config.
