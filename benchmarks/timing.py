@@ -33,7 +33,7 @@ from tqdm import tqdm
 Row = dict[str, Any]
 Samples = dict[str, list[float]]  # seconds by contender, one entry per round
 
-MIN_ROUNDS = 3
+MIN_ROUNDS, SLOW = 3, 5
 _SERVER = multiprocessing.get_context("forkserver")
 
 
@@ -47,6 +47,7 @@ def interleave(
     """Seconds per call of every contender, round by round; one sample repeats a quick call until it is long enough.
 
     After `max_seconds` the round at hand is the last, but there are `MIN_ROUNDS` (or `rounds`, if fewer) in any case.
+    Contenders that take `SLOW` times as long as the median one rest after those, and leave the time to the others.
     """
     repetitions = {name: _repetitions(call, min_sample_seconds) for name, call in contenders.items()}
     samples: Samples = {name: [] for name in contenders}
@@ -54,6 +55,10 @@ def interleave(
     for number in range(rounds):
         if number >= MIN_ROUNDS and time.perf_counter() - start > max_seconds:
             break
+        if number == MIN_ROUNDS:
+            medians = {name: statistics.median(values) for name, values in samples.items()}
+            limit = SLOW * statistics.median(medians.values())
+            contenders = {name: call for name, call in contenders.items() if medians[name] <= limit}
         for name in shuffled(contenders, number):
             samples[name].append(_seconds(contenders[name], repetitions[name]))
     return samples
@@ -80,7 +85,7 @@ def _seconds(call: Callable[[], object], repetitions: int) -> float:
 
 
 def ratios(samples: Samples, baseline: str) -> dict[str, dict[str, float]]:
-    """Per contender: median, low and high (quartiles) of the ratios to `baseline` within each round."""
+    """Per contender: median, low and high (quartiles) of the ratios to `baseline` within each round that both ran."""
     return {
         name: spread([value / base for value, base in zip(values, samples[baseline])])
         for name, values in samples.items()

@@ -102,10 +102,12 @@ def make_plan(
     if hidden_states.device.type == "cpu":
         is_dear = training or hidden_states.dtype.itemsize < 4
         call = (_DEAR_CALL if is_dear else _CALL) / hidden_states.shape[1]
-        together, saving = _multiplied_together(groups, sizes, call)
-        fits = max_neurons is None or sum(group.num_neurons for group in together) <= max_neurons
-        if fits and saving > _COPYING * sum(group.num_rows for group in groups):
-            groups = together
+        copying = _COPYING * sum(group.num_rows for group in groups)
+        if call * len(groups) > copying:  # else not even the calls of all experts would pay for it
+            together, saving = _multiplied_together(groups, sizes, call)
+            fits = max_neurons is None or sum(group.num_neurons for group in together) <= max_neurons
+            if fits and saving > copying:
+                groups = together
     row_of_pair = None
     if any(group.num_experts > 1 for group in groups):
         row_of_pair = _rows_of_pairs(groups, rows_per_expert)

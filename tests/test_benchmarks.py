@@ -51,6 +51,17 @@ def test_contenders_of_a_round_all_run_once_and_ratios_are_within_rounds():
     assert timing.speedups({"a": [1.0], "b": [2.0]}, "b")["a"]["median"] == 2.0
 
 
+def test_slow_contenders_rest_after_the_first_rounds(monkeypatch: pytest.MonkeyPatch):
+    import timing
+
+    seconds = {"fast": 1.0, "medium": 2.0, "slow": 11.0}
+    monkeypatch.setattr(timing, "_seconds", lambda call, repetitions: seconds[call()])
+    samples = timing.interleave({name: lambda name=name: name for name in seconds}, 7)
+    rounds = {name: len(values) for name, values in samples.items()}
+    assert rounds == {"fast": 7, "medium": 7, "slow": timing.MIN_ROUNDS}
+    assert timing.ratios(samples, "fast")["slow"]["median"] == 11.0
+
+
 def test_saved_bytes_counts_whole_storages_once_and_no_parameters():
     import timing
 
