@@ -20,8 +20,8 @@ _SEGMENT, _LONGEST_PART = 1 << 17, 1 << 21
 _ACCELERATOR_FACTOR = 1 << 8  # there is no cache to stay in there, but launches to save
 # Costs in rows of a neuron. Reading the matrix of a product: those of so many rows. A product on its own, at hidden
 # size 1: more in half precision, where it is prepared every time, and in training, where one product for several
-# experts also writes their gradients in parallel. Making up rows: for every pair, which is copied once more. Measured
-# on CPUs; nothing is multiplied together on accelerators.
+# experts also writes their gradients in parallel. Making up rows: for every pair, which is copied once more where any
+# is made up. Measured on CPUs; nothing is multiplied together on accelerators.
 _READING, _CALL, _DEAR_CALL, _COPYING = 4, 1 << 18, 1 << 20, 20
 
 
@@ -102,12 +102,13 @@ def make_plan(
     if hidden_states.device.type == "cpu":
         is_dear = training or hidden_states.dtype.itemsize < 4
         call = (_DEAR_CALL if is_dear else _CALL) / hidden_states.shape[1]
-        copying = _COPYING * sum(group.num_rows for group in groups)
-        if call * len(groups) > copying:  # else not even the calls of all experts would pay for it
-            together, saving = _multiplied_together(groups, sizes, call)
-            fits = max_neurons is None or sum(group.num_neurons for group in together) <= max_neurons
-            if fits and saving > copying:
-                groups = together
+        together, saving = _multiplied_together(groups, sizes, call)
+        num_pairs = sum(group.num_rows for group in groups)
+        if sum(group.total_rows for group in together) > num_pairs:
+            saving -= _COPYING * num_pairs
+        fits = max_neurons is None or sum(group.num_neurons for group in together) <= max_neurons
+        if saving > 0 and fits:
+            groups = together
     row_of_pair = None
     if any(group.num_experts > 1 for group in groups):
         row_of_pair = _rows_of_pairs(groups, rows_per_expert)
