@@ -15,7 +15,7 @@ import wrapt
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "configuration_hmoe": ["PRESETS", "HMoEConfig", "ParameterCounts", "count_parameters", "expert_sizes"],
+    "configuration_hmoe": ["PRESETS", "HMoEConfig", "ParameterCounts", "count_parameters"],
     "lora": ["lora_config"],
     "modeling_hmoe": [
         "HMoEForCausalLM",
@@ -25,6 +25,7 @@ _PUBLIC = {
         "HMoEModel",
         "HMoEPreTrainedModel",
     ],
+    "sizes_hmoe": ["expert_sizes"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -19,6 +19,7 @@ Letters in shapes: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import evaluate
@@ -51,6 +52,8 @@ class _SumsOfTokens(evaluate.Metric):
     `keep_in_memory=False`, and then touches no cache folder.
     """
 
+    _numerator: Callable[[np.ndarray, np.ndarray], float]  # of the values and labels of the tokens that count
+
     def __init__(
         self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs: Any
     ):
@@ -82,7 +85,7 @@ class _SumsOfTokens(evaluate.Metric):
         known = arrays.pop("references")
         (values,) = arrays.values()
         counted = known != IGNORED_LABEL
-        total = self._sum(values[counted], known[counted])
+        total = self._numerator(values[counted], known[counted])
         row = dict(zip(wanted, (total, float(np.count_nonzero(counted)))))
         super().add_batch(**{name: [value] for name, value in row.items()})
 
@@ -96,10 +99,6 @@ class _SumsOfTokens(evaluate.Metric):
             raise ValueError(f"`{self.name}` has nothing to compute: give it tokens with `add_batch` first")
         ours = {name: values for name, values in inputs.items() if name in self._feature_names()}
         return super().compute(**ours)
-
-    def _sum(self, values: np.ndarray, references: np.ndarray) -> float:
-        """What the tokens that count add to the numerator: each metric's own."""
-        raise NotImplementedError
 
 
 def _array(values: Any) -> np.ndarray:
@@ -115,11 +114,21 @@ def _mean(totals: Any, counts: Any) -> float:
     return float(np.sum(totals)) / number if number else math.nan
 
 
+def _number_right(predictions: np.ndarray, references: np.ndarray) -> float:
+    return float(np.count_nonzero(predictions == references))
+
+
+def _total_loss(losses: np.ndarray, references: np.ndarray) -> float:
+    return float(losses.sum(dtype=np.float64))
+
+
 class NextTokenAccuracy(_SumsOfTokens):
     """Share of the predicted tokens whose most probable token is the true one.
 
     `compute(predictions=..., references=...)` gives `{"accuracy": share}`; labels of -100 do not count.
     """
+
+    _numerator = staticmethod(_number_right)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -134,9 +143,6 @@ class NextTokenAccuracy(_SumsOfTokens):
             format="numpy",
         )
 
-    def _sum(self, values: np.ndarray, references: np.ndarray) -> float:
-        return float(np.count_nonzero(values == references))
-
     def _compute(self, *, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         return {"accuracy": _mean(predictions, references)}
 
@@ -147,6 +153,8 @@ class Perplexity(_SumsOfTokens):
     `compute(losses=..., references=...)` gives `{"perplexity": ..., "loss": nats per token}`; labels of -100 do not
     count. Unlike the metric of that name on the Hub it takes losses, not texts and the name of a model.
     """
+
+    _numerator = staticmethod(_total_loss)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -164,9 +172,6 @@ class Perplexity(_SumsOfTokens):
             format="numpy",
             reference_urls=["https://huggingface.co/docs/transformers/perplexity"],
         )
-
-    def _sum(self, values: np.ndarray, references: np.ndarray) -> float:
-        return float(values.sum(dtype=np.float64))
 
     def _compute(self, *, losses: np.ndarray, references: np.ndarray) -> dict[str, float]:
         loss = _mean(losses, references)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..configuration_hmoe import HMoEConfig, count_parameters, expert_sizes
+from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..sizes_hmoe import expert_sizes
 from .calibration import calibration_tokens, run_layers
 from .check import ForcedRouting
 from .checkpoint import CheckpointReader, resolve_source

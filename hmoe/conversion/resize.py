@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..configuration_hmoe import HMoEConfig, count_parameters, expert_sizes
+from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..sizes_hmoe import expert_sizes
 from .calibration import calibration_tokens, run_layers
 from .checkpoint import CheckpointReader, resolve_source
 from .families import attention_names, is_lossless, load_source_config, model_names, named_dtype
