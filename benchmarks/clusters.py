@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hmoe import HMoEConfig, count_parameters, expert_sizes
-from hmoe.training.placement import METHODS, Balance, place_layers, simulate
+from hmoe.placement import METHODS, Balance, place_layers, simulate
 
 
 CLUSTERS = (2, 4, 8, 16, 64, 256, 1024)

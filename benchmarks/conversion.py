@@ -28,7 +28,7 @@ from hmoe.conversion.checkpoint import CheckpointWriter
 MEASURED = """
 import re, sys
 import hmoe.conversion.moe, hmoe.conversion.resize, hmoe.conversion.export
-from hmoe.conversion.run import main
+from hmoe.conversion.command import main
 status = main(sys.argv[1:]) if sys.argv[1:] else 0
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 print("PEAK", peak * 1024)

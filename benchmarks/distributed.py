@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from hmoe import HMoEConfig, expert_sizes
-from hmoe.training.placement import METHODS, place_experts
+from hmoe.placement import METHODS, place_experts
 
 
 LAYOUTS: dict[str, dict[str, int] | None] = {

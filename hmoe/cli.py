@@ -12,8 +12,8 @@ from difflib import get_close_matches
 
 
 COMMANDS = {
-    "train": ("hmoe.training.run", "train a model from a YAML recipe"),
-    "convert": ("hmoe.conversion.run", "convert checkpoints into hmoe, out of it, or to other expert sizes"),
+    "train": ("hmoe.training.command", "train a model from a YAML recipe"),
+    "convert": ("hmoe.conversion.command", "convert checkpoints into hmoe, out of it, or to other expert sizes"),
     "evaluate": ("hmoe.eval.harness", "benchmark checkpoints with lm-evaluation-harness"),
     "analyze": ("hmoe.eval.analyze", "report what the router of a checkpoint does on text"),
     "describe": ("hmoe.describe", "sizes, parameters, FLOPs and memory of a model, preset or config"),

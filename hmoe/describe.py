@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hmoe.training.placement import describe_placement
+from hmoe.placement import describe_placement
 
 
 if TYPE_CHECKING:

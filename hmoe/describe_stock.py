@@ -30,8 +30,8 @@ def describe_stock(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hmoe.eval.routers import routed_layers
-    from hmoe.training.flops import forward_flops
+    from hmoe.costs import forward_flops
+    from hmoe.routers import routed_layers
 
     context = config.max_position_embeddings if context is None else context
     check_sizes(context, batch_size, dtype)
@@ -95,7 +95,7 @@ def _ffn_elements(model: Any, per_token: int) -> list[float]:
     Stock FFNs keep gate and up projections, their product and the activation, where HMoE's backward keeps the first
     two; stock experts also keep their copies of the input and their outputs.
     """
-    from hmoe.eval.routers import routed_layers
+    from hmoe.routers import routed_layers
 
     config = model.config
     sizes = {id(layer.router): layer.sizes[0] for layer in routed_layers(model)}

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grouping_hmoe import Group, Plan, Segment, make_plan
+from .plan_hmoe import Group, Plan, Segment, make_plan
 
 
 _aten = torch.ops.aten

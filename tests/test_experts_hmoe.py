@@ -11,11 +11,11 @@ from transformers import MixtralConfig
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from hmoe import HMoEConfig, expert_sizes, grouped_hmoe, grouping_hmoe
+from hmoe import HMoEConfig, expert_sizes, grouped_hmoe, plan_hmoe
 from hmoe.experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
 from hmoe.grouped_hmoe import ACTIVATIONS, _gated_experts
-from hmoe.grouping_hmoe import make_plan
 from hmoe.modeling_hmoe import HMoESparseMoeBlock, route_top_k, route_top_p
+from hmoe.plan_hmoe import make_plan
 
 
 HIDDEN = 16
@@ -183,7 +183,7 @@ def test_a_layer_of_the_papers_models(preset: str):
 def test_thousands_of_tokens_on_one_expert():
     """More than one part holds, so that the parts of its gradient are added."""
     case = Case([1536, 64], num_tokens=1500, num_slots=1, routing="first")
-    assert case.num_tokens * max(case.sizes) > grouping_hmoe._LONGEST_PART
+    assert case.num_tokens * max(case.sizes) > plan_hmoe._LONGEST_PART
     hidden_states, index, weights = make_inputs(case)
     expected = run(make_experts(case.sizes).double(), "eager", (hidden_states.double(), index, weights.double()))
     actual = run(make_experts(case.sizes), "grouped_mm", (hidden_states, index, weights))
@@ -414,8 +414,8 @@ def test_a_bound_on_what_is_saved_holds(room: int):
 def test_where_segments_end_changes_nothing(case: str, segment: int, part: int, monkeypatch: pytest.MonkeyPatch):
     """Segments of one expert, of several, and experts cut into parts that add to the same gradient."""
     experts, inputs = make_experts(CASES[case].sizes), make_inputs(CASES[case])
-    monkeypatch.setattr(grouping_hmoe, "_SEGMENT", segment)
-    monkeypatch.setattr(grouping_hmoe, "_LONGEST_PART", part)
+    monkeypatch.setattr(plan_hmoe, "_SEGMENT", segment)
+    monkeypatch.setattr(plan_hmoe, "_LONGEST_PART", part)
     assert_close(run(experts, "grouped_mm", inputs), run_reference(experts, inputs), 2e-6)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .run import main
+from .command import main
 
 
 sys.exit(main())

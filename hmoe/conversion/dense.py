@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
 from ..sizes_hmoe import expert_sizes
+from .base import Conversion, Options, Plan, execute
 from .calibration import calibration_tokens, run_layers
 from .check import ForcedRouting
 from .checkpoint import CheckpointReader, resolve_source
@@ -38,7 +39,6 @@ from .families import (
     named_dtype,
     shared_fields,
 )
-from .job import Conversion, Options, Plan, execute
 from .layout import bank_tensors, cast
 from .neurons import (
     cluster_neurons,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
+from .base import Conversion, Options, Plan, execute
 from .checkpoint import CheckpointReader, resolve_source
 from .families import (
     CannotConvert,
@@ -25,7 +26,6 @@ from .families import (
     model_names,
     named_dtype,
 )
-from .job import Conversion, Options, Plan, execute
 from .layout import cast, read_banks, unpack_expert
 
 

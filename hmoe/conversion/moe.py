@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
+from .base import Conversion, Options, Plan, execute
 from .checkpoint import CheckpointReader, resolve_source
 from .families import (
     MOE_TYPES,
@@ -21,7 +22,6 @@ from .families import (
     named_dtype,
     shared_fields,
 )
-from .job import Conversion, Options, Plan, execute
 from .layout import bank_tensors, cast
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
 from ..sizes_hmoe import expert_sizes
+from .base import Conversion, Options, Plan, execute
 from .calibration import calibration_tokens, run_layers
 from .checkpoint import CheckpointReader, resolve_source
 from .families import attention_names, is_lossless, load_source_config, model_names, named_dtype
-from .job import Conversion, Options, Plan, execute
 from .layout import bank_tensors, cast, read_banks, unpack_expert
 from .neurons import contributions, default_multiple, top_neurons, weight_importance
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .loading import Loader, Source
-    from .routing import RoutingStatistics
     from .stability import RouteSample
+    from .statistics import RoutingStatistics
     from .tokens import TokenLosses, TokenRoutes
 
 
@@ -161,11 +161,11 @@ def _run(
     from transformers.utils import logging
 
     from hmoe.metrics import held_out_metrics
+    from hmoe.routers import architecture, routed_layers
 
     from .observe import batches, observe
-    from .routers import architecture, routed_layers
-    from .routing import RoutingStatistics
     from .stability import RouteSample
+    from .statistics import RoutingStatistics
     from .tokens import TokenLosses, TokenRoutes
 
     logging.disable_progress_bar()

@@ -139,7 +139,7 @@ def run_lm_eval(model: str, tasks: Sequence[str], options: Sequence[str], folder
     """One run of lm_eval's command line; its results file in `folder`, None on every rank but the first."""
     from lm_eval.__main__ import cli_evaluate
 
-    from . import model as routing_model  # noqa: F401  (registers the lm_eval model `hmoe`)
+    from . import lm_eval_model  # noqa: F401  (registers the lm_eval model `hmoe`)
 
     before = set(folder.rglob("results_*.json"))
     local = Path(model).expanduser()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hmoe.metrics import IGNORED_LABEL, score_tokens
-
-from .routers import RouterTap
+from hmoe.routers import RouterTap
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .observe import Observation
-from .routing import activated
+from .statistics import activated
 
 
 class RouteSample:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hmoe.routers import Architecture
+
 from .observe import Observation
-from .routers import Architecture
 
 
 MAX_TABLE_ENTRIES = 1 << 27  # of 8 bytes, over all layers

@@ -1,6 +1,6 @@
 import sys
 
-from hmoe.training.run import main
+from hmoe.training.command import main
 
 
 if __name__ == "__main__":

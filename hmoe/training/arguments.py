@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from .flops import CONVENTIONS
+from hmoe.costs import CONVENTIONS
+
 from .options import ROUTER_METRICS, DataOptions, LoraOptions, ModelOptions, RunOptions, TokenizerOptions, check_choice
 from .recipe import as_argv, merge, nearest, read_recipe, take_configs, take_dotted
 

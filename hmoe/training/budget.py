@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .flops import TRAIN_FACTOR, FlopsMeter, ForwardFlops
+from hmoe.costs import TRAIN_FACTOR, FlopsMeter, ForwardFlops
 
 
 class BudgetCallback(TrainerCallback, ExportableState):

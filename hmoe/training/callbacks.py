@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from .metrics import RouterWindow
+from .router_log import RouterWindow
 
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, defaul
 from transformers.utils import logging
 
 from hmoe import __version__
+from hmoe.sources import Source, check_columns, compile_separator, load_source
 
-from .encoding import ChatEncoder, Side, TextEncoder
+from .chat import ChatEncoder, Side, TextEncoder
 from .options import DataOptions
 from .packing import IGNORE, MixedDataset, PackedDataset, PackedStream, flatten_batch
-from .sources import Source, check_columns, compile_separator, load_source
 
 
 logger = logging.get_logger(__name__)

@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 from transformers import set_seed
 
+from hmoe.costs import ForwardFlops, forward_flops
+
 from .arguments import Arguments
 from .budget import BudgetCallback, steps_for_budget, tokens_per_step
 from .card import push_folder, write_model_card
 from .data import build_data
-from .flops import ForwardFlops, forward_flops
 from .model import add_lora, build_config, build_model
 from .tokenizer import build_tokenizer
 from .trainer import HMoETrainer

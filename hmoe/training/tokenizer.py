@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from .encoding import Side, TextEncoder
+from hmoe.sources import Source, check_columns, compile_separator, load_source
+
+from .chat import Side, TextEncoder
 from .options import DataOptions, ModelOptions, TokenizerOptions
-from .sources import Source, check_columns, compile_separator, load_source
 
 
 logger = logging.get_logger(__name__)

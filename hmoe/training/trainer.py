@@ -26,6 +26,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hmoe.configuration_hmoe import HMoEConfig
+from hmoe.costs import ForwardFlops, forward_flops
 
 from .callbacks import JsonlMetrics, RouterHeatMaps, StopOnSigterm, TrainingStopped
 from .card import run_info_of, write_model_card
@@ -42,8 +43,7 @@ from .checkpointing import (
     publish_checkpoint,
     write_manifest,
 )
-from .flops import ForwardFlops, forward_flops
-from .metrics import RouterMetrics, RouterWindow, summarise
+from .router_log import RouterMetrics, RouterWindow, summarise
 from .sharded import checkpoints_allowed, is_sharded, load_states, load_weights, save_states
 
 
@@ -61,8 +61,8 @@ _DEFAULTS = {
 class HMoETrainer(Trainer):
     """Takes what `Trainer` takes; `args` may be plain `TrainingArguments` or `HMoETrainingArguments`.
 
-    Training logs gain the entries of [`hmoe.training.metrics.summarise`], `tokens_per_second`, `flops_per_second` (of
-    training steps alone, all ranks together), `tokens_seen` and `train_flops`, counted by the experts that were
+    Training logs gain the entries of [`hmoe.training.router_log.summarise`], `tokens_per_second`, `flops_per_second`
+    (of training steps alone, all ranks together), `tokens_seen` and `train_flops`, counted by the experts that were
     activated. Evaluation reports the mean cross-entropy of a token (`eval_loss`), without router losses, and its
     exponential (`eval_perplexity`). Checkpoints are complete or absent ([`hmoe.training.checkpointing`]). SIGTERM
     saves one and raises [`TrainingStopped`], which ends the process with code 143.

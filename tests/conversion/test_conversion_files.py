@@ -233,7 +233,7 @@ def test_check_says_what_text_it_used(tmp_path, mixtral):
 
 
 def test_check_is_skipped_where_memory_does_not_hold_the_model(tmp_path, mixtral, monkeypatch):
-    monkeypatch.setattr("hmoe.conversion.job.fits_in_memory", lambda num_parameters: False)
+    monkeypatch.setattr("hmoe.conversion.base.fits_in_memory", lambda num_parameters: False)
     result = convert_moe(mixtral, tmp_path / "hmoe", QUIET)
     assert result.check is None and "do not fit into free memory" in str(result)
 
@@ -272,7 +272,7 @@ def test_command_line_end_to_end(tmp_path, capsys):
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, hmoe.conversion.run as run; run._parser().format_help(); print('torch' in sys.modules)"
+    code = "import sys, hmoe.conversion.command as run; run._parser().format_help(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

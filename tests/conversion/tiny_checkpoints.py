@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from hmoe.conversion.job import Options
+from hmoe.conversion.base import Options
 
 
 SHAPE = {

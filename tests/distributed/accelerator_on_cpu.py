@@ -9,7 +9,7 @@ import sys
 
 from accelerate.state import DistributedType, PartialState
 
-from hmoe.training.run import main
+from hmoe.training.command import main
 
 
 def _claim_accelerators(*_, **__):

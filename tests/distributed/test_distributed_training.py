@@ -19,7 +19,7 @@ from ranks import find_port, finish, start_command
 from safetensors.torch import load_file
 
 from hmoe.training.checkpointing import find_last_complete_checkpoint
-from hmoe.training.run import main
+from hmoe.training.command import main
 
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hmoe import HMoEConfig, HMoEForCausalLM, expert_sizes
 from hmoe.describe import main as describe_main
-from hmoe.training.placement import (
+from hmoe.placement import (
     METHODS,
     Placement,
     describe_placement,
@@ -224,5 +224,5 @@ def test_a_checkpoint_is_reordered_by_the_load_of_its_run(tiny_config, tmp_path,
 
 
 def test_placement_needs_no_torch():
-    code = "import sys, hmoe.training.placement as p; p.place_experts([1, 2], 1); sys.exit('torch' in sys.modules)"
+    code = "import sys, hmoe.placement as p; p.place_experts([1, 2], 1); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from hmoe import HMoEConfig, HMoEForCausalLM
+from hmoe.costs import forward_flops
 from hmoe.describe import describe, homogeneous_twin, inverse_size_load, load_config, main, report
-from hmoe.training.flops import forward_flops
 
 
 @pytest.mark.parametrize(

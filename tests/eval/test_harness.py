@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import hmoe  # noqa: F401
 from hmoe.eval.harness import SUITES_FOLDER, _names, main
-from hmoe.eval.routers import architecture
 from hmoe.eval.scores import PREFERRED_METRICS, read_evaluation
+from hmoe.routers import architecture
 
 
 DOCUMENTS = [

@@ -8,7 +8,7 @@ import yaml
 
 from hmoe.training import options
 from hmoe.training.arguments import HMoETrainingArguments, known_fields, parse_arguments
-from hmoe.training.run import help_text, main
+from hmoe.training.command import help_text, main
 
 
 RECIPE = {

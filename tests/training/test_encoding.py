@@ -1,6 +1,6 @@
 import pytest
 
-from hmoe.training.encoding import ChatEncoder, TextEncoder
+from hmoe.training.chat import ChatEncoder, TextEncoder
 from hmoe.training.tokenizer import train_tokenizer
 
 

@@ -4,8 +4,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from hmoe import HMoEConfig, HMoEForCausalLM, count_parameters
+from hmoe.costs import FlopsMeter, forward_flops
 from hmoe.training.budget import BudgetCallback, steps_for_budget
-from hmoe.training.flops import FlopsMeter, forward_flops
 
 
 SMALL = {

@@ -8,10 +8,10 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from hmoe import PRESETS, count_parameters
+from hmoe.sources import Source
 from hmoe.training.arguments import parse_arguments
+from hmoe.training.command import main
 from hmoe.training.model import build_config, build_model
-from hmoe.training.run import main
-from hmoe.training.sources import Source
 from hmoe.training.tokenizer import train_tokenizer
 
 

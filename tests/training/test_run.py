@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hmoe.cli import main as hmoe_main
-from hmoe.training.run import main
+from hmoe.training.command import main
 
 
 TINY = {

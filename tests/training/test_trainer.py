@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from hmoe import count_parameters
+from hmoe.costs import forward_flops
 from hmoe.metrics import NextTokenMetrics, score_tokens
-from hmoe.training.flops import forward_flops
-from hmoe.training.metrics import RouterMetrics, summarise
+from hmoe.training.router_log import RouterMetrics, summarise
 
 
 def training_logs(trainer):

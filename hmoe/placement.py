@@ -363,8 +363,8 @@ def _describe_cuts(config: HMoEConfig, placements: Sequence[Placement], num_rank
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Reorders the experts of a checkpoint: `python -m hmoe.training.placement SOURCE TARGET --num_ranks 4`."""
-    parser = argparse.ArgumentParser(prog="python -m hmoe.training.placement", description=main.__doc__)
+    """Reorders the experts of a checkpoint: `python -m hmoe.placement SOURCE TARGET --num_ranks 4`."""
+    parser = argparse.ArgumentParser(prog="python -m hmoe.placement", description=main.__doc__)
     parser.add_argument("source", help="checkpoint folder")
     parser.add_argument("target", help="folder of the reordered checkpoint")
     parser.add_argument("--num_ranks", type=int, required=True, help="ranks that hold the experts (ep_size)")

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from hmoe.configuration_hmoe import HMoEConfig, count_parameters
-
-from .flops import TRAIN_FACTOR, ForwardFlops
+from hmoe.costs import TRAIN_FACTOR, ForwardFlops
 
 
 ROUTER_TERMS = (
@@ -39,7 +38,7 @@ class RouterWindow:
         labels: predicted labels.
         losses: sums of the cross-entropy (`lm_loss`) over them and of the unscaled router terms, weighted by them.
         tokens: tokens that went through the model, padding excluded.
-        flops: training FLOPs by activated experts, padding included ([`hmoe.training.flops`]).
+        flops: training FLOPs by activated experts, padding included ([`hmoe.costs`]).
         expert_tokens: per layer, per expert, the tokens that activated it; empty for a dense model.
     """
 

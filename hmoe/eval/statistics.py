@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmoe.routers import Architecture
+
 from .observe import Observation
-from .routers import Architecture
 
 
 class LayerStatistics:

@@ -13,7 +13,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from .routers import RouterTap, architecture, routed_layers
+from hmoe.routers import RouterTap, architecture, routed_layers
 
 
 @register_model("hmoe")

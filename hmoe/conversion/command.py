@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .job import Conversion, Options
+    from .base import Conversion, Options
 
 STRATEGIES = ["arithmetic", "geometric", "hybrid", "pairs", "uniform"]
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _options(args: argparse.Namespace, command: list[str]) -> Options:
-    from .job import Options
+    from .base import Options
 
     return Options(
         dtype=args.dtype,
