@@ -21,8 +21,8 @@ from transformers.utils import logging
 from hmoe import __version__
 from hmoe.sources import Source, check_columns, compile_separator, load_source
 
+from .arguments import DataOptions
 from .chat import ChatEncoder, Side, TextEncoder
-from .options import DataOptions
 from .packing import IGNORE, MixedDataset, PackedDataset, PackedStream, flatten_batch
 
 

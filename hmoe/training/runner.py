@@ -10,11 +10,11 @@ from transformers import set_seed
 
 from hmoe.costs import ForwardFlops, forward_flops
 
-from .arguments import Arguments
 from .budget import BudgetCallback, steps_for_budget, tokens_per_step
 from .card import push_folder, write_model_card
 from .data import build_data
 from .model import add_lora, build_config, build_model
+from .recipe import Arguments
 from .tokenizer import build_tokenizer
 from .trainer import HMoETrainer
 

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from hmoe.sources import Source, check_columns, compile_separator, load_source
 
+from .arguments import DataOptions, ModelOptions, TokenizerOptions
 from .chat import Side, TextEncoder
-from .options import DataOptions, ModelOptions, TokenizerOptions
 
 
 logger = logging.get_logger(__name__)

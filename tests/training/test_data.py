@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from hmoe.training.arguments import DataOptions
 from hmoe.training.chat import Side
 from hmoe.training.data import build_data
-from hmoe.training.options import DataOptions
 from hmoe.training.tokenizer import train_tokenizer
 
 
