@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 
 MOST_NUMBERS = 16  # columns up to which every cell carries its number
@@ -41,7 +41,7 @@ def draw_load(axes: Axes, load: Sequence[Sequence[float]], sizes: Sequence[Seque
     else:
         axes.set_xlabel("expert, smallest first" if sizes else "expert")
     axes.set_ylabel("layer")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     return image
 
 
