@@ -39,9 +39,9 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def warnings_of_data(monkeypatch):
     """Messages of the package's own loggers, which Transformers keeps from pytest's."""
     messages = []
-    for name in ("data", "sources", "tokenizer"):
+    for name in ("hmoe.training.data", "hmoe.sources", "hmoe.training.tokenizer"):
         monkeypatch.setattr(
-            logging.getLogger(f"hmoe.training.{name}"),
+            logging.getLogger(name),
             "warning",
             lambda message, *rest: messages.append(message % rest),
         )
