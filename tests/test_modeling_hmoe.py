@@ -262,7 +262,10 @@ def greedy(generator_model: HMoEForCausalLM) -> Tensor:
     """Greedy continuation of one prompt by full forwards, without generate and without a cache."""
     ids = tokens(1, 5)
     for _ in range(NEW["max_new_tokens"]):
-        ids = torch.cat([ids, logits_of(generator_model, input_ids=ids)[:, -1:].argmax(-1)], dim=1)
+        logits = logits_of(generator_model, input_ids=ids)[:, -1]
+        best, second = logits.topk(2).values.unbind(-1)
+        assert best - second > logits_rounding(generator_model.config, 11) * logits.abs().max(), "rounding may choose"
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
     return ids
 
 

@@ -95,7 +95,7 @@ def test_card_of_layers_that_differ_of_top_p_and_of_a_dense_twin(tmp_path):
 
 PUSH = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/.."]
 from test_publish import tiny_tokenizer
 from tiny_training import tiny_trainer
 from hmoe.training.card import push_folder
