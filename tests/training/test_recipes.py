@@ -44,7 +44,11 @@ PARAMETERS = {
 
 @pytest.fixture(autouse=True)
 def _in_repository(monkeypatch, tmp_path_factory):
-    monkeypatch.chdir(ROOT)
+    # Recipes name their data from the top of the repository, where runs/ may hold what a user trained.
+    top = tmp_path_factory.mktemp("repository")
+    for folder in ("examples", "recipes"):
+        (top / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(top)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
 
 
