@@ -17,9 +17,9 @@ from typing import Any
 _MODULE_OF = {
     "CannotConvert": "families",
     "CheckFailed": "check",
-    "Conversion": "job",
+    "Conversion": "base",
     "DenseSettings": "dense",
-    "Options": "job",
+    "Options": "base",
     "ResizeSettings": "resize",
     "convert_dense": "dense",
     "convert_export": "export",

@@ -25,17 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `hmoe convert ...`; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    # Imported here, so that --help and a mistyped option do not wait for torch.
-    from transformers.utils import logging
-
-    from .check import CheckFailed
-
-    logging.disable_progress_bar()
-    try:
-        print(_CONVERSIONS[args.conversion](args, _options(args, ["convert", *argv])))
-    except (ValueError, CheckFailed, OSError, ImportError) as error:
-        print(f"hmoe convert: {error}", file=sys.stderr)
-        return 1
+    print(_CONVERSIONS[args.conversion](args, _options(args, ["convert", *argv])))
     return 0
 
 
@@ -170,7 +160,3 @@ def _sizes(text: str) -> Any:
     if not all(isinstance(row, list) and row and all(type(size) is int for size in row) for row in rows):
         raise argparse.ArgumentTypeError(f"{text!r} must be a list of whole numbers, or a list of such lists")
     return sizes
-
-
-if __name__ == "__main__":
-    sys.exit(main())

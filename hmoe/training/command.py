@@ -15,8 +15,7 @@ from .options import SECTIONS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `hmoe train ...`; returns the exit status: 2 for arguments or data that cannot be used, 1 for checkpoints
-    that cannot be read or written."""
+    """Runs `hmoe train ...`; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
@@ -26,19 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     if "--help_all" in argv:
         make_parser().print_help()
         return 0
-    from .checkpointing import CheckpointError
     from .runner import Run
 
-    try:
-        try:
-            run = Run(parse_arguments(argv))
-        except (ValueError, OSError) as error:
-            print(f"hmoe train: {error}", file=sys.stderr)
-            return 2
-        run.train()
-    except CheckpointError as error:
-        print(f"hmoe train: {error}", file=sys.stderr)
-        return 1
+    Run(parse_arguments(argv)).train()
     return 0
 
 

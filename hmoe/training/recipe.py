@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hmoe.errors import did_you_mean
 
 
 SECTIONS = ("model", "tokenizer", "data", "lora", "training")
@@ -59,8 +60,7 @@ def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    nearest = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean `{nearest[0]}`?" if nearest else "; `hmoe train --help_all` lists the keys"
+    return did_you_mean(name, known, otherwise="; `hmoe train --help_all` lists the keys")
 
 
 def take_configs(argv: list[str]) -> tuple[list[str], list[str]]:
