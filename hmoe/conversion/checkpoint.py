@@ -16,10 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
+
+from ..sources import local_path, not_found
 
 
 SAFETENSORS_DTYPES = {
@@ -39,18 +42,14 @@ _FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 def resolve_source(source: str | os.PathLike) -> Path:
     """The folder of a checkpoint: `source` itself, or the download of that repository of the Hugging Face Hub."""
-    folder = Path(source)
-    if folder.is_dir():
+    folder = local_path(source)
+    if folder is not None:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is a file: give the folder that holds config.json and the weights")
         return folder
-    if folder.exists():
-        raise ValueError(f"{folder} is a file: give the folder that holds config.json and the weights")
-    if str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
-        raise ValueError(f"{folder} does not exist: give a checkpoint's folder, or OWNER/NAME of the Hugging Face Hub")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
 
     try:
         # The smallest files first: they say which weights to fetch, where a repository holds them in several formats.
@@ -60,10 +59,8 @@ def resolve_source(source: str | os.PathLike) -> Path:
         if (fetch(_FILE_NAMES[0]) / _FILE_NAMES[0]).exists():
             return download
         return fetch("pytorch_model*.bin")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{source!r} is neither a folder here nor a repository that the Hugging Face Hub gives: {error}"
-        ) from error
+    except OSError as error:
+        raise not_found(source, error) from error
 
 
 class CheckpointReader:

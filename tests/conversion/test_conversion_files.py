@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import QUIET, add_tokenizer, load, logits_of, make_checkpoint, make_text
 from transformers import AutoTokenizer
 
-import hmoe.cli
+import hmoe_cli
 from hmoe.conversion import CheckFailed, DenseSettings, convert_dense, convert_moe
 from hmoe.conversion.check import CheckResult
 from hmoe.conversion.checkpoint import CheckpointReader, CheckpointWriter
@@ -24,20 +24,20 @@ from hmoe.conversion.checkpoint import CheckpointReader, CheckpointWriter
 
 KILLED = """
 import os, signal, sys
-from hmoe.conversion import convert_moe, job
+from hmoe.conversion import base, convert_moe
 source, target, moment = sys.argv[1:]
 
 def kill(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if moment == "writing":
-    written, write = [], job.CheckpointWriter.write
+    written, write = [], base.CheckpointWriter.write
     def write_some(self, name, tensor):
         written.append(name)
         kill() if len(written) > 20 else write(self, name, tensor)
-    job.CheckpointWriter.write = write_some
+    base.CheckpointWriter.write = write_some
 else:
-    job._write_card = kill  # all files but card and config are there
+    base._write_card = kill  # all files but card and config are there
 convert_moe(source, target)
 """
 
@@ -169,7 +169,9 @@ def test_quantized_source_is_refused(tmp_path, mixtral):
         convert_moe(mixtral, tmp_path / "hmoe", QUIET)
 
 
-@pytest.mark.parametrize("source, message", [("nowhere/at/all", "does not exist"), ("empty", "no config.json")])
+@pytest.mark.parametrize(
+    "source, message", [("nowhere/at/all", "no such file or folder"), ("empty", "no config.json")]
+)
 def test_source_that_is_no_checkpoint_is_refused(tmp_path, source, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
@@ -263,24 +265,18 @@ def test_command_line_end_to_end(tmp_path, capsys):
         ["moe", *folders[3:5], "--dtype", "bfloat16", "--max_shard_gb", "0.00005"],
     ]
     for step in steps:
-        assert hmoe.cli.main(["convert", *step]) == 0
+        assert hmoe_cli.main(["convert", *step]) == 0
         assert "largest logit difference" in capsys.readouterr().out
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     assert "hmoe convert export" in (tmp_path / "mixtral" / "README.md").read_text()
-    assert hmoe.cli.main(["convert", *steps[0]]) == 1
+    assert hmoe_cli.main(["convert", *steps[0]]) == 2
     assert "--overwrite" in capsys.readouterr().err
-
-
-def test_help_does_not_wait_for_torch():
-    code = "import sys, hmoe.conversion.command as run; run._parser().format_help(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("sizes", ["[1,", '"a"', "[]", "[1.5]", "[[1], 2]"])
 def test_bad_sizes_on_the_command_line_are_refused(sizes, capsys):
     with pytest.raises(SystemExit):
-        hmoe.cli.main(["convert", "dense", "a", "b", "--sizes", sizes])
+        hmoe_cli.main(["convert", "dense", "a", "b", "--sizes", sizes])
     assert "--sizes" in capsys.readouterr().err
 
 
