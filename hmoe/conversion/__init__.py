@@ -6,6 +6,7 @@
 | [`convert_dense`] | Llama, Mistral, Qwen2, Qwen3 | HMoE, by splitting or copying the FFN |
 | [`convert_resize`] | HMoE | HMoE with other expert sizes |
 | [`convert_export`] | HMoE with Top-K | Mixtral or Qwen3-MoE, exact |
+| [`convert_place`] | HMoE | HMoE with the experts ordered for expert parallelism, exact |
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "convert_dense": "dense",
     "convert_export": "export",
     "convert_moe": "moe",
+    "convert_place": "place",
     "convert_resize": "resize",
 }
 

@@ -5,6 +5,7 @@
         --router fitted --calibration_text text.txt
     hmoe convert resize mixtral-as-hmoe hmoe-arithmetic --strategy arithmetic --calibration_text text.txt
     hmoe convert export hmoe-arithmetic mixtral-again
+    hmoe convert place hmoe-arithmetic placed --num_ranks 4
 """
 
 from __future__ import annotations
@@ -12,11 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..configuration_hmoe import HMoEConfig
+from ..placement import METHODS, describe_placement
+from .base import Conversion, Options
+from .checkpoint import resolve_source
+from .dense import DenseSettings, convert_dense
+from .export import convert_export
+from .moe import convert_moe
+from .place import convert_place, read_load
+from .resize import ResizeSettings, convert_resize
 
-if TYPE_CHECKING:
-    from .base import Conversion, Options
 
 STRATEGIES = ["arithmetic", "geometric", "hybrid", "pairs", "uniform"]
 
@@ -30,8 +38,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _options(args: argparse.Namespace, command: list[str]) -> Options:
-    from .base import Options
-
     return Options(
         dtype=args.dtype,
         max_shard_bytes=int(args.max_shard_gb * 1e9),
@@ -43,27 +49,28 @@ def _options(args: argparse.Namespace, command: list[str]) -> Options:
 
 
 def _moe(args: argparse.Namespace, options: Options) -> Conversion:
-    from .moe import convert_moe
-
     return convert_moe(args.source, args.target, options)
 
 
 def _dense(args: argparse.Namespace, options: Options) -> Conversion:
-    from .dense import DenseSettings, convert_dense
-
     return convert_dense(args.source, args.target, _settings(DenseSettings, args), options)
 
 
 def _resize(args: argparse.Namespace, options: Options) -> Conversion:
-    from .resize import ResizeSettings, convert_resize
-
     return convert_resize(args.source, args.target, _settings(ResizeSettings, args), options)
 
 
 def _export(args: argparse.Namespace, options: Options) -> Conversion:
-    from .export import convert_export
-
     return convert_export(args.source, args.target, to=args.to, options=options)
+
+
+def _place(args: argparse.Namespace, options: Options) -> Conversion:
+    conversion = convert_place(
+        args.source, args.target, args.num_ranks, method=args.method, load=args.load, options=options
+    )
+    load = read_load(args.load) if args.load else None
+    print(describe_placement(HMoEConfig.from_pretrained(resolve_source(args.source)), args.num_ranks, load))
+    return conversion
 
 
 def _settings(settings_class: Any, args: argparse.Namespace) -> Any:
@@ -72,7 +79,7 @@ def _settings(settings_class: Any, args: argparse.Namespace) -> Any:
     return settings_class(**{name: value for name, value in given.items() if value is not None})
 
 
-_CONVERSIONS = {"moe": _moe, "dense": _dense, "resize": _resize, "export": _export}
+_CONVERSIONS = {"moe": _moe, "dense": _dense, "resize": _resize, "export": _export, "place": _place}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert checkpoints into HMoE, out of it, and to other expert sizes.",
         epilog="The target appears whole or not at all. `hmoe convert CONVERSION --help` shows the options of one.",
     )
-    conversions = parser.add_subparsers(dest="conversion", required=True, metavar="{moe,dense,resize,export}")
+    conversions = parser.add_subparsers(dest="conversion", required=True, metavar="{moe,dense,resize,export,place}")
     _add(conversions, "moe", "Mixtral, Qwen3-MoE or OLMoE to HMoE: the same logits")
     dense = _add(
         conversions, "dense", "Llama, Mistral, Qwen2 or Qwen3 to HMoE: split the FFN into experts, or copy it"
@@ -96,6 +103,10 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: qwen3_moe if the model has qk_norm",
     )
+    place = _add(conversions, "place", "HMoE to HMoE with the experts ordered for expert parallelism: the same logits")
+    place.add_argument("--num_ranks", type=int, required=True, help="ranks that hold the experts (ep_size)")
+    place.add_argument("--method", choices=METHODS, help="default: pairs where they are whole, else balanced")
+    place.add_argument("--load", metavar="FILE", help="metrics.jsonl of a run: balance by the measured load")
     return parser
 
 
