@@ -8,44 +8,20 @@ accelerate launch --config_file examples/accelerate/fsdp2.yaml -m hmoe.training 
 from __future__ import annotations
 
 import sys
-import textwrap
-from dataclasses import MISSING, fields
 
-from .options import SECTIONS
+from .arguments import DataOptions, LoraOptions, ModelOptions, RunOptions, TokenizerOptions
+from .recipe import make_parser, parse_arguments
+from .runner import Run
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `hmoe train ...`; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(help_text())
+        make_parser((ModelOptions, TokenizerOptions, DataOptions, LoraOptions, RunOptions)).print_help()
         return 0
-    from .arguments import make_parser, parse_arguments
-
     if "--help_all" in argv:
         make_parser().print_help()
         return 0
-    from .runner import Run
-
     Run(parse_arguments(argv)).train()
     return 0
-
-
-def help_text() -> str:
-    """What `--help` prints, made without Transformers."""
-    lines = [
-        "usage: hmoe train --config RECIPE.yaml [--field value ...]",
-        "",
-        "A field stands in the recipe, at the top or in a section, or on the command line, which wins.",
-        "Every field of transformers.TrainingArguments is one too; --help_all lists them.",
-    ]
-    for section in SECTIONS:
-        lines += ["", f"{section._argument_group_name}: {section.__doc__}"]
-        for option in fields(section):
-            default = option.default if option.default is not MISSING else []
-            note = "" if default in (None, []) else f" (default: {default})"
-            text = textwrap.wrap(
-                option.metadata["help"] + note, 116, initial_indent="      ", subsequent_indent="      "
-            )
-            lines += [f"  --{option.name}", *text]
-    return "\n".join(lines)

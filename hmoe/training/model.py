@@ -13,7 +13,7 @@ from hmoe.configuration_hmoe import HMoEConfig
 from hmoe.errors import did_you_mean
 from hmoe.sources import load_checkpoint
 
-from .options import LoraOptions, ModelOptions
+from .arguments import LoraOptions, ModelOptions
 
 
 logger = logging.get_logger(__name__)
