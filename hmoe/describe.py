@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import AutoConfig
+
+from hmoe.configuration_hmoe import PRESETS, HMoEConfig
 from hmoe.placement import describe_placement
+from hmoe.sources import load_checkpoint
 
-
-if TYPE_CHECKING:
-    from hmoe.configuration_hmoe import HMoEConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Weight, gradient and the two moments of AdamW; autocast keeps all of them in float32.
@@ -225,24 +225,11 @@ def load_config(source: str) -> Any:
     Raises:
         ValueError: for a source that is none of these, or a model of a type that cannot be described.
     """
-    from hmoe.configuration_hmoe import PRESETS, HMoEConfig
-
-    path = Path(source).expanduser()
-    if source in PRESETS:
-        return HMoEConfig.from_preset(source)
-    if path.suffix in (".yaml", ".yml"):
-        return _config_of_recipe(path)
-    if not path.exists() and "/" not in source:
-        return HMoEConfig.from_preset(source)  # raises, with the nearest preset
-    if not path.exists() and not _could_be_hub_id(source):
-        raise ValueError(f"{source}: no such file or folder, and no preset ({', '.join(PRESETS)})")
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(path) if path.exists() else source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no config could be read from it: {error}") from error
-    return _known_type(config, source)
+    if source.endswith((".yaml", ".yml")):
+        return _config_of_recipe(Path(source).expanduser())
+    if source in PRESETS or not ("/" in source or Path(source).exists()):
+        return HMoEConfig.from_preset(source)  # raises, with the nearest preset, if there is none
+    return _known_type(load_checkpoint(AutoConfig.from_pretrained, source, "config"), source)
 
 
 def _known_type(config: Any, source: str) -> Any:
@@ -255,10 +242,6 @@ def _known_type(config: Any, source: str) -> Any:
             "the nearest of them with its sizes"
         )
     return config
-
-
-def _could_be_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and source[0] not in "./~" and not source.endswith("/")
 
 
 def _config_of_recipe(path: Path) -> Any:
@@ -379,22 +362,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs `hmoe describe ...`; returns the exit status."""
     args = _parser().parse_args(argv)
-    try:
-        config = load_config(args.model)
-        context = config.max_position_embeddings if args.context is None else args.context
-        result = report(
-            config,
-            context=context,
-            batch_size=args.batch_size,
-            dtype=args.dtype,
-            experts_per_token=args.experts_per_token,
-        )
-        if args.num_ranks is not None and config.model_type != "hmoe":
-            raise ValueError(f"--num_ranks is for HMoE, and this is {config.model_type!r}: see `hmoe convert`")
-        placement = None if args.num_ranks is None else describe_placement(config, args.num_ranks)
-    except (ValueError, OSError) as error:
-        print(f"hmoe describe: {error}", file=sys.stderr)
-        return 1
+    config = load_config(args.model)
+    context = config.max_position_embeddings if args.context is None else args.context
+    result = report(
+        config,
+        context=context,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        experts_per_token=args.experts_per_token,
+    )
+    if args.num_ranks is not None and config.model_type != "hmoe":
+        raise ValueError(f"--num_ranks is for HMoE, and this is {config.model_type!r}: see `hmoe convert`")
+    placement = None if args.num_ranks is None else describe_placement(config, args.num_ranks)
     conditions = {"context": context, "batch_size": args.batch_size, "dtype": args.dtype}
     if args.json:
         answer = {"name": args.model, **conditions, **result}
@@ -408,7 +387,3 @@ def main(argv: list[str] | None = None) -> int:
     if placement is not None:
         print(f"\n{placement}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

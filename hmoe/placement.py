@@ -1,30 +1,23 @@
 """Which rank holds which experts: MoDSE's expert pairs, and balanced placements for any sizes and loads.
 
     placements = place_layers(config.layer_expert_sizes, 4, "pairs")
-    placed = reorder_checkpoint("checkpoint", "placed", [placement.order for placement in placements])
+    config = reorder_config(config, [placement.order for placement in placements])
 
 Expert parallelism cuts the bank of tiles of a layer into equal runs, one per rank, so a placement is an order of the
 experts: renaming them changes no output, and the order of `expert_intermediate_sizes` in the config records it. Where
 every rank gets the same number of tiles, the runs are the placement. Where not, experts are split at the cuts:
-parameters stay equal, and the tokens of a split expert travel to all of its ranks. Pure Python, but for checkpoints.
+parameters stay equal, and the tokens of a split expert travel to all of its ranks. `hmoe convert place` reorders a
+checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from .configuration_hmoe import HMoEConfig
+from .parallel_hmoe import check_tiles_divide
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hmoe.configuration_hmoe import HMoEConfig
 
 METHODS = ("pairs", "balanced", "contiguous", "round_robin")
 Load = Sequence[float]
@@ -219,8 +212,6 @@ def split_experts(config: HMoEConfig, ep_size: int) -> list[tuple[int, int]]:
     Raises:
         ValueError: if `ep_size` does not divide the tiles of a layer.
     """
-    from hmoe.parallel_hmoe import check_tiles_divide
-
     check_tiles_divide(config, ep_size)
     split = []
     for layer, sizes in enumerate(config.layer_expert_sizes):
@@ -252,71 +243,6 @@ def _reordered_sizes(config: HMoEConfig, orders: Sequence[Sequence[int]]) -> lis
     return [[sizes[expert] for expert in order] for order, sizes in zip(orders, config.layer_expert_sizes)]
 
 
-_MOE_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|experts)\.")
-
-
-def reorder_state_dict(
-    config: HMoEConfig, state_dict: Mapping[str, Tensor], orders: Sequence[Sequence[int]]
-) -> dict[str, Tensor]:
-    """The weights of a model with `config`, with the experts of each layer in another order; no other tensor changes.
-
-    Router rows and tiles move together, so the model computes what it did. The states of an optimizer do not move with
-    them: reorder before training, or afterwards.
-    """
-    _reordered_sizes(config, orders)
-    tile = config.expert_tile_size
-    assert tile is not None  # filled in when the config was made
-    reordered = {}
-    for name, tensor in state_dict.items():
-        match = _MOE_TENSOR.search(name)
-        if match is None or ".act_fn." in name:
-            reordered[name] = tensor
-            continue
-        layer = int(match[1])
-        index = list(orders[layer])
-        if match[2] == "experts":
-            index = _tile_order(config.layer_expert_sizes[layer], tile, orders[layer])
-        reordered[name] = tensor[index]
-    return reordered
-
-
-def _tile_order(sizes: Sequence[int], tile: int, order: Sequence[int]) -> list[int]:
-    starts = [sum(sizes[:expert]) // tile for expert in range(len(sizes))]
-    return [starts[expert] + i for expert in order for i in range(sizes[expert] // tile)]
-
-
-def reorder_model(model: Any, orders: Sequence[Sequence[int]]) -> Any:
-    """A model of the same class with the same outputs, its experts in another order."""
-    config = reorder_config(model.config, orders)
-    reordered = type(model)(config).to(dtype=model.dtype)
-    reordered.load_state_dict(reorder_state_dict(model.config, model.state_dict(), orders))
-    return reordered.train(model.training)
-
-
-def reorder_checkpoint(source: str | Path, target: str | Path, orders: Sequence[Sequence[int]]) -> None:
-    """[`reorder_model`] from folder to folder, with the tokenizer's files if there are any."""
-    import hmoe
-
-    config = hmoe.HMoEConfig.from_pretrained(source)
-    model_class = getattr(hmoe, (config.architectures or ["HMoEForCausalLM"])[0])
-    reorder_model(model_class.from_pretrained(source, dtype="auto"), orders).save_pretrained(target)
-    for path in Path(source).glob("*token*"):
-        (Path(target) / path.name).write_bytes(path.read_bytes())
-
-
-def read_load(path: str | Path) -> list[list[float]]:
-    """The last measured load, per layer and expert, in the `metrics.jsonl` of a run.
-
-    Raises:
-        ValueError: if no line holds one.
-    """
-    for line in reversed(Path(path).read_text(encoding="utf-8").splitlines()):
-        load = json.loads(line).get("load")
-        if load:
-            return load
-    raise ValueError(f"{path} holds no `load`: train with `router_metrics` 'brief' or 'per_layer'")
-
-
 def describe_placement(config: HMoEConfig, num_ranks: int, load: Sequence[Load] | None = None) -> str:
     """A table of all methods on `num_ranks` ranks that together hold the experts once.
 
@@ -343,13 +269,14 @@ def describe_placement(config: HMoEConfig, num_ranks: int, load: Sequence[Load] 
             f"{method:<12} {balance.parameters:>10.3f} {balance.per_layer:>14.3f} {balance.over_layers:>17.3f}  "
             f"{_describe_cuts(config, placements, num_ranks)}"
         )
-    first = place_layers(layer_sizes, num_ranks, _best_method(layer_sizes, num_ranks), load=load)[0]
+    first = place_layers(layer_sizes, num_ranks, best_method(layer_sizes, num_ranks), load=load)[0]
     for rank, experts in enumerate(first.ranks):
         lines.append(f"  layer 0, rank {rank}: sizes {', '.join(str(layer_sizes[0][expert]) for expert in experts)}")
     return "\n".join(lines)
 
 
-def _best_method(layer_sizes: Sequence[Sequence[int]], num_ranks: int) -> str:
+def best_method(layer_sizes: Sequence[Sequence[int]], num_ranks: int) -> str:
+    """`pairs` where every rank gets whole ones, else `balanced`."""
     whole_pairs = all(len(sizes) % (2 * num_ranks) == 0 for sizes in layer_sizes)
     return "pairs" if whole_pairs else "balanced"
 
@@ -360,31 +287,3 @@ def _describe_cuts(config: HMoEConfig, placements: Sequence[Placement], num_rank
     except ValueError as error:
         return str(error)
     return f"equal runs cut through {len(split)} experts" if split else "whole experts on every rank"
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Reorders the experts of a checkpoint: `python -m hmoe.placement SOURCE TARGET --num_ranks 4`."""
-    parser = argparse.ArgumentParser(prog="python -m hmoe.placement", description=main.__doc__)
-    parser.add_argument("source", help="checkpoint folder")
-    parser.add_argument("target", help="folder of the reordered checkpoint")
-    parser.add_argument("--num_ranks", type=int, required=True, help="ranks that hold the experts (ep_size)")
-    parser.add_argument("--method", choices=METHODS, help="default: pairs where they are whole, else balanced")
-    parser.add_argument("--load", help="metrics.jsonl of a run: balance by the measured load")
-    options = parser.parse_args(argv)
-    from hmoe.configuration_hmoe import HMoEConfig
-
-    try:
-        config = HMoEConfig.from_pretrained(options.source)
-        load = read_load(options.load) if options.load else None
-        method = options.method or _best_method(config.layer_expert_sizes, options.num_ranks)
-        placements = place_layers(config.layer_expert_sizes, options.num_ranks, method, load=load)
-        reorder_checkpoint(options.source, options.target, [placement.order for placement in placements])
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    print(describe_placement(config, options.num_ranks, load))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

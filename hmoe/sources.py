@@ -1,20 +1,27 @@
-"""Where documents come from: local files of several formats, or the Hub, all read by `datasets`."""
+"""Where checkpoints and documents come from: folders and files here, or the Hugging Face Hub.
+
+A name is a path if something is there; otherwise it may be a name on the Hub. `~` is the user's home.
+"""
 
 from __future__ import annotations
 
 import glob
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import datasets
+import fsspec
+from fsspec.utils import infer_compression
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from hmoe.training.arguments import DataOptions
+from .errors import did_you_mean
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +37,65 @@ FORMATS = {
     ".csv": "csv",
 }
 COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst", ".lz4", ".zip")
+Loaded = TypeVar("Loaded")
+
+
+def local_path(source: str | os.PathLike) -> Path | None:
+    """The file or folder that `source` names; None if nothing is there and it may be a name on the Hub.
+
+    Raises:
+        ValueError: nothing is there, and the Hub has no such names.
+    """
+    path = Path(os.path.expanduser(source))
+    if path.exists():
+        return path
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        raise ValueError(f"{source}: no such file or folder (from {Path.cwd()})") from None
+    return None
+
+
+def load_checkpoint(
+    load: Callable[..., Loaded], source: str | os.PathLike, what: str = "model", /, **options: Any
+) -> Loaded:
+    """`load(folder or name, **options)`, where `load` is `from_pretrained` of an Auto class.
+
+    Raises:
+        ValueError: with the source and the reason, for what cannot be loaded; `what` names it.
+    """
+    path = local_path(source)
+    try:
+        return load(str(path or source), **options)
+    except (OSError, ValueError, KeyError) as error:
+        if path is None and isinstance(error, OSError):
+            raise not_found(source, error) from error
+        if "trust_remote_code" in str(error) and not options.get("trust_remote_code"):
+            raise ValueError(
+                f"{source} has code of its own: --trust_remote_code runs it, if you trust its authors"
+            ) from error
+        raise ValueError(f"{source}: no {what} could be loaded from it: {error}") from error
+
+
+def not_found(source: str | os.PathLike, error: Exception) -> ValueError:
+    """For what is not here and was asked of the Hub, which answered with `error`."""
+    if RepositoryNotFoundError in (type(error), type(error.__cause__)):
+        answer = "has no such repository either (a private one needs `hf auth login`)"
+    else:
+        answer = f"gives none: {str(error).strip().splitlines()[0]}"
+    return ValueError(f"{source}: no such file or folder (from {Path.cwd()}), and the Hugging Face Hub {answer}")
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hides the bars of Transformers and the Hub, which are a setting of the whole process, for a block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @dataclass
@@ -64,8 +130,7 @@ class Source:
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
-                nearest = get_close_matches(key, known, n=1, cutoff=0.5)
-                hint = f", did you mean `{nearest[0]}`?" if nearest else ""
+                hint = did_you_mean(key, known, otherwise=".")
                 raise ValueError(f"`dataset` entry {entry!r}: unknown key `{key}`{hint} Keys: {', '.join(known)}")
         if "path" not in values:
             raise ValueError(f"`dataset` entry {entry!r} lacks `path`")
@@ -79,39 +144,89 @@ class Source:
         return not _is_saved_dataset(self.path) and local_files(self) is None
 
 
-def load_source(source: Source, options: DataOptions) -> Any:
+def load_source(
+    source: Source, *, streaming: bool = False, sample_by: str = "document", cache_dir: str | None = None
+) -> Any:
     """A `datasets.Dataset`, or an `IterableDataset` with `streaming`, of the raw rows.
+
+    Args:
+        sample_by: what is a row of a text file: `document` (all of it), `line` or `paragraph`.
 
     Raises:
         ValueError: if there is no such file or data set, all files are empty, or a file cannot be read as its format.
     """
+    import datasets  # of the extras
+
     if _is_saved_dataset(source.path):
-        return _load_saved(source, options)
+        return _load_saved(source, streaming)
     files = local_files(source)
     if files is None:
-        return _load_hub(source, options)
-    format_name = source.format or _format_of(source, files)
+        return _load_hub(source, streaming=streaming, cache_dir=cache_dir)
+    format_name = _format_of(source, files)
     files = _without_empty(source, files)
     settings: dict[str, Any] = {}
     if format_name == "text":
-        whole = options.document_separator is not None or options.text_documents == "file"
-        settings = {"sample_by": "document" if whole else options.text_documents, "encoding_errors": "replace"}
+        settings = {"sample_by": sample_by, "encoding_errors": "replace"}
     elif format_name == "json":
         # Under its other name, because `datasets` parses what is called "utf-8" strictly.
         settings = {"encoding": "utf8", "encoding_errors": "replace"}
     try:
-        dataset = datasets.load_dataset(
-            format_name,
-            data_files=files,
-            split="train",
-            streaming=options.streaming,
-            cache_dir=options.data_cache_dir,
-            **settings,
+        return datasets.load_dataset(
+            format_name, data_files=files, split="train", streaming=streaming, cache_dir=cache_dir, **settings
         )
     except (datasets.exceptions.DatasetGenerationError, ImportError, OSError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"cannot read {source.path!r} as {format_name}: {cause}{_remedy(files, cause)}") from error
-    return dataset
+
+
+def read_texts(entries: Iterable[str | os.PathLike], *, piece: int = 1 << 20) -> Iterator[str]:
+    """Texts of entries as `dataset` takes them, read as they are asked for.
+
+    Text files give pieces of about `piece` characters that end with a line; of other formats each row is a text.
+
+    Raises:
+        ValueError: for what cannot be read, and for a row without text.
+    """
+    for source in (Source.parse(os.fspath(entry)) for entry in entries):
+        files = None if _is_saved_dataset(source.path) else local_files(source)
+        # Plain text is read without `datasets`, which a base install lacks.
+        if files is not None and _format_of(source, files) == "text":
+            yield from _pieces(_without_empty(source, files), piece)
+            continue
+        column = source.text_column or "text"
+        for number, row in enumerate(_stream(source), start=1):
+            text = row.get(column)
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{source.path}, row {number}: no text in column {column!r} but {text!r:.80}; columns: {list(row)}"
+                )
+            yield text
+
+
+def _stream(source: Source) -> Iterator[dict[str, Any]]:
+    try:
+        yield from load_source(source, streaming=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot read {source.path!r}: {error}") from error
+
+
+def _pieces(files: Iterable[str], piece: int) -> Iterator[str]:
+    for name in files:
+        if name.endswith(COMPRESSIONS) and infer_compression(name) is None:
+            raise ValueError(f"{name} needs a package that reads {Path(name).suffix} files, such as `zstandard`")
+        with fsspec.open(name, "rt", compression="infer", encoding="utf-8", errors="replace") as file:
+            while lines := file.readlines(piece):
+                yield "".join(lines)
+
+
+def read_beginning(entry: str | os.PathLike, num_characters: int) -> str:
+    """The first characters of the texts of an entry, one after the other."""
+    text = ""
+    for part in read_texts([entry]):
+        text += part if not text or text.endswith("\n") else f"\n{part}"
+        if len(text) >= num_characters:
+            break
+    return text[:num_characters]
 
 
 def local_files(source: Source) -> list[str] | None:
@@ -120,7 +235,7 @@ def local_files(source: Source) -> list[str] | None:
     Raises:
         ValueError: if it looks like a path and nothing is there.
     """
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))
     if path.is_file():
         return [str(path)]
     if path.is_dir():
@@ -131,10 +246,11 @@ def local_files(source: Source) -> list[str] | None:
     if glob.has_magic(str(path)):
         files = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not files:
-            raise ValueError(f"`dataset`: no file matches {source.path!r}")
+            raise ValueError(f"no file matches {source.path!r} (from {Path.cwd()})")
         return files
-    if _suffix(path) in FORMATS or path.is_absolute() or source.path.startswith((".", "~")) or source.format:
-        raise ValueError(f"`dataset`: no file or folder {source.path!r} (from {Path.cwd()})")
+    if _suffix(path) in FORMATS or source.format:
+        raise ValueError(f"{source.path}: no such file or folder (from {Path.cwd()})")
+    local_path(source.path)  # refuses what cannot be a name on the Hub
     return None
 
 
@@ -144,10 +260,12 @@ def _suffix(path: Path) -> str:
 
 
 def _format_of(source: Source, files: list[str]) -> str:
+    if source.format:
+        return source.format
     found = {FORMATS.get(_suffix(Path(file))) for file in files}
     if found == {None}:
         raise ValueError(
-            f"`dataset`: the format of {files[0]!r} is not known by its name: give the entry a `format` "
+            f"the format of {files[0]!r} is not known by its name: give the entry a `format` "
             f"({', '.join(sorted(set(FORMATS.values())))})"
         )
     if len(found) > 1:
@@ -175,33 +293,30 @@ def _remedy(files: list[str], cause: BaseException) -> str:
 
 
 def _is_saved_dataset(path: str) -> bool:
-    return (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file()
+    folder = Path(os.path.expanduser(path))
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _load_saved(source: Source, options: DataOptions) -> Any:
-    dataset = datasets.load_from_disk(source.path)
+def _load_saved(source: Source, streaming: bool) -> Any:
+    import datasets
+
+    dataset = datasets.load_from_disk(os.path.expanduser(source.path))
     if isinstance(dataset, datasets.DatasetDict):
         if source.split not in dataset:
             raise ValueError(f"{source.path!r} has no split {source.split!r}: give `split`, one of {list(dataset)}")
         dataset = dataset[source.split]
-    return dataset.to_iterable_dataset(num_shards=min(64, 1 + len(dataset) // 1000)) if options.streaming else dataset
+    return dataset.to_iterable_dataset(num_shards=min(64, 1 + len(dataset) // 1000)) if streaming else dataset
 
 
-def _load_hub(source: Source, options: DataOptions) -> Any:
+def _load_hub(source: Source, **options: Any) -> Any:
+    import datasets
+
     try:
         return datasets.load_dataset(
-            source.path,
-            source.name,
-            data_files=source.data_files,
-            split=source.split,
-            streaming=options.streaming,
-            cache_dir=options.data_cache_dir,
+            source.path, source.name, data_files=source.data_files, split=source.split, **options
         )
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise ValueError(
-            f"`dataset` entry {source.path!r} is no file or folder here (in {Path.cwd()}), and loading it from the "
-            f"Hub failed: {error}"
-        ) from error
+        raise not_found(source.path, error) from error
 
 
 def check_columns(dataset: Any, needed: Iterable[str], source: Source, option: str) -> None:
@@ -211,8 +326,7 @@ def check_columns(dataset: Any, needed: Iterable[str], source: Source, option: s
         names = list(next(iter(dataset), {}))
     for column in needed:
         if column not in names:
-            nearest = get_close_matches(column, names, n=1, cutoff=0.5)
-            hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+            hint = did_you_mean(column, names, otherwise=".")
             raise ValueError(f"{source.path!r} has no column {column!r} (`{option}`){hint} Its columns: {names}")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import hmoe
-from hmoe.cli import main
+from hmoe_cli import main
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

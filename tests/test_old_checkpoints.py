@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from without_hmoe import run_without_hmoe
 
 import hmoe
-from hmoe.cli import main
+from hmoe_cli import main
 
 
 # Of the largest value: float32 rounds to 6e-8, and another processor adds up sums of up to 64 terms, through two

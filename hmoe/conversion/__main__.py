@@ -2,7 +2,8 @@
 
 import sys
 
-from .command import main
+from hmoe_cli import main
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from .. import __version__
+from ..cards import write_card
 from ..configuration_hmoe import HMoEConfig
 from ..modeling_hmoe import HMoEForCausalLM
-from .card import model_card
 from .check import (
     CheckFailed,
     CheckResult,
@@ -86,7 +86,7 @@ class SourceCheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.reader.dtype("model.embed_tokens.weight")
+        return self.reader.dtype(next(name for name in self.reader.names if name.endswith("embed_tokens.weight")))
 
 
 @dataclass
@@ -151,7 +151,7 @@ def execute(plan: Plan, target: str | Path, options: Options) -> Conversion:
         copy_companions(plan.source.folder, folder)
         if isinstance(plan.config, HMoEConfig):
             custom_object_save(HMoEForCausalLM, folder)
-            plan.config.architectures = [HMoEForCausalLM.__name__]
+            plan.config.architectures = plan.config.architectures or [HMoEForCausalLM.__name__]
         notes = list(plan.notes)
         check = _check(plan, folder, options, notes)
         if check is not None and not check.passed:
@@ -159,9 +159,10 @@ def execute(plan: Plan, target: str | Path, options: Options) -> Conversion:
                 f"{check}. These should be equal; nothing was written to {target}. Please report it with the model; "
                 "--no_check skips this check"
             )
-        _write_card(plan, folder, options, notes, check)
+        conversion = Conversion(Path(target), plan.config, writer.num_bytes, check, tuple(notes))
+        _write_card(plan, folder, options, conversion)
         plan.config.save_pretrained(folder)  # last: until now the folder does not load
-    return Conversion(Path(target), plan.config, writer.num_bytes, check, tuple(notes))
+    return conversion
 
 
 def _refuse_unused(plan: Plan) -> None:
@@ -198,16 +199,16 @@ def _check(plan: Plan, folder: Path, options: Options, notes: list[str]) -> Chec
     return compare_logits(source_logits, folder, plan.config, tokens, text=text, exact=exact, forced=forced)
 
 
-def _write_card(plan: Plan, folder: Path, options: Options, notes: list[str], check: CheckResult | None) -> None:
-    config = plan.config
-    card = model_card(
-        source=plan.source.name,
-        target_type=config.model_type,
-        command=options.command,
-        settings={"source": plan.source.name, "dtype": options.dtype, **plan.settings},
-        sizes=config.layer_expert_sizes if isinstance(config, HMoEConfig) else None,
-        notes=notes,
-        check=str(check) if check else None,
-        version=__version__,
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+def _write_card(plan: Plan, folder: Path, options: Options, conversion: Conversion) -> None:
+    source = plan.source.name
+    info = {
+        "title": f"{plan.config.model_type} converted from {Path(source).name}",
+        "base_model": source,
+        "num_parameters": int(plan.num_parameters),
+        "command": options.command,
+        "settings": {"source": source, "dtype": options.dtype, **plan.settings},
+        "notes": conversion.notes,
+        "check": str(conversion.check) if conversion.check else None,
+        "tags": ["hmoe"],
+    }
+    write_card(folder, Path(os.path.abspath(conversion.target)).name, plan.config, info)

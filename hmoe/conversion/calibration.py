@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig
 
+from ..sources import read_beginning
 from .check import encode
 from .checkpoint import CheckpointReader
 
@@ -26,8 +27,7 @@ def calibration_tokens(source: Path, text_file: str, num_tokens: int) -> Tensor:
     Raises:
         ValueError: no tokenizer, or too little text.
     """
-    text = Path(text_file).read_text(encoding="utf-8")
-    tokens = encode(source, text[: 16 * num_tokens])
+    tokens = encode(source, read_beginning(text_file, 16 * num_tokens))
     if tokens is None:
         raise ValueError(f"{source} holds no tokenizer, so {text_file} cannot be used for calibration")
     length = min(SEQUENCE_LENGTH, num_tokens)

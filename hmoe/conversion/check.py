@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from ..errors import CommandError
 from ..modeling_hmoe import HMoEForCausalLM
+from ..sources import read_beginning, without_progress_bars
 
 
 # A. Lincoln, Gettysburg, 19 November 1863.
@@ -74,7 +76,7 @@ class CheckResult:
         )
 
 
-class CheckFailed(RuntimeError):
+class CheckFailed(CommandError):
     """A conversion that should be exact changed the logits."""
 
 
@@ -115,7 +117,8 @@ def compare_logits(
 
 def _load(folder: Path, config: PreTrainedConfig | None = None) -> Any:
     kwargs = {} if config is None else {"config": config}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
+    with without_progress_bars():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
 
 
 @torch.no_grad()
@@ -139,7 +142,7 @@ def force_routing(model: HMoEForCausalLM, forced: ForcedRouting) -> None:
 
 def check_tokens(source: Path, vocab_size: int, text_file: str | None, limit: int = 128) -> tuple[Tensor, str]:
     """Token ids [S] for the check, and what they are: of `text_file`, of a speech, or random without a tokenizer."""
-    text = DEFAULT_TEXT if text_file is None else Path(text_file).read_text(encoding="utf-8")
+    text = DEFAULT_TEXT if text_file is None else read_beginning(text_file, 64 * limit)
     try:
         tokens = encode(source, text)
     except (

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,33 +23,29 @@ from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS
 
+from ..sources import local_path, not_found
+
 
 SHARD_BYTES = 1 << 29
 
 
 def resolve_source(source: str | os.PathLike) -> Path:
     """The folder of a checkpoint: `source` itself, or the download of that repository of the Hugging Face Hub."""
-    folder = Path(source)
-    if folder.is_dir():
+    folder = local_path(source)
+    if folder is not None:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is a file: give the folder that holds config.json and the weights")
         return folder
-    if folder.exists():
-        raise ValueError(f"{folder} is a file: give the folder that holds config.json and the weights")
-    if str(source).count("/") > 1 or str(source).startswith((".", "/", "~")):
-        raise ValueError(f"{folder} does not exist: give a checkpoint's folder, or OWNER/NAME of the Hugging Face Hub")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(patterns)))
 
     try:
         # The smallest files first: they say which weights to fetch, where a repository holds them in several formats.
         download = fetch("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
         return fetch("model*.safetensors") if (download / INDEX).exists() else fetch(WEIGHTS)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{source!r} is neither a folder here nor a repository that the Hugging Face Hub gives: {error}"
-        ) from error
+    except OSError as error:
+        raise not_found(source, error) from error
 
 
 class CheckpointReader:

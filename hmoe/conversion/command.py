@@ -5,6 +5,7 @@
         --router fitted --calibration_text text.txt
     hmoe convert resize mixtral-as-hmoe hmoe-arithmetic --strategy arithmetic --calibration_text text.txt
     hmoe convert export hmoe-arithmetic mixtral-again
+    hmoe convert place hmoe-arithmetic placed --num_ranks 4
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ import json
 import sys
 from typing import Any, NoReturn
 
-from transformers.utils import logging
-
-from hmoe.sizes_hmoe import SIZE_STRATEGIES
-
+from .. import placement
+from ..sizes_hmoe import SIZE_STRATEGIES
 from .base import CAST_DTYPES, Options
-from .check import CheckFailed
 from .dense import METHODS, NEURONS, OUTPUT_SCALES, ROUTERS, DenseSettings, convert_dense
 from .export import EXPORT_TYPES, convert_export
 from .moe import convert_moe
+from .place import convert_place, read_load
 from .resize import ResizeSettings, convert_resize
 
 
@@ -37,19 +36,20 @@ def main(argv: list[str] | None = None) -> int:
         check_text=args.check_text,
         command=["convert", *argv],
     )
-    logging.disable_progress_bar()
-    try:
-        if args.conversion == "moe":
-            result = convert_moe(args.source, args.target, options)
-        elif args.conversion == "dense":
-            result = convert_dense(args.source, args.target, _settings(DenseSettings, args), options)
-        elif args.conversion == "resize":
-            result = convert_resize(args.source, args.target, _settings(ResizeSettings, args), options)
-        else:
-            result = convert_export(args.source, args.target, to=args.to, options=options)
-    except (ValueError, CheckFailed, OSError, ImportError) as error:
-        print(f"hmoe convert: {error}", file=sys.stderr)
-        return 1
+    if args.conversion == "moe":
+        result = convert_moe(args.source, args.target, options)
+    elif args.conversion == "dense":
+        result = convert_dense(args.source, args.target, _settings(DenseSettings, args), options)
+    elif args.conversion == "resize":
+        result = convert_resize(args.source, args.target, _settings(ResizeSettings, args), options)
+    elif args.conversion == "export":
+        result = convert_export(args.source, args.target, to=args.to, options=options)
+    else:
+        result = convert_place(
+            args.source, args.target, args.num_ranks, method=args.method, load=args.load, options=options
+        )
+        measured = read_load(args.load) if args.load else None
+        print(placement.describe_placement(result.config, args.num_ranks, measured))
     print(result)
     return 0
 
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert checkpoints into HMoE, out of it, and to other expert sizes.",
         epilog="The target appears whole or not at all. `hmoe convert CONVERSION --help` shows the options of one.",
     )
-    conversions = parser.add_subparsers(dest="conversion", required=True, metavar="{moe,dense,resize,export}")
+    conversions = parser.add_subparsers(dest="conversion", required=True, metavar="{moe,dense,resize,export,place}")
     _add(conversions, "moe", "Mixtral, Qwen3-MoE or OLMoE to HMoE: the same logits")
     dense = _add(
         conversions, "dense", "Llama, Mistral, Qwen2 or Qwen3 to HMoE: split the FFN into experts, or copy it"
@@ -81,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: qwen3_moe if the model has qk_norm",
     )
+    place = _add(conversions, "place", "HMoE to HMoE with the experts ordered for expert parallelism: the same logits")
+    place.add_argument("--num_ranks", type=int, required=True, help="ranks that hold the experts (ep_size)")
+    place.add_argument(
+        "--method", choices=placement.METHODS, help="default: pairs where they are whole, else balanced"
+    )
+    place.add_argument("--load", metavar="FILE", help="metrics.jsonl of a run: balance by the measured load")
     return parser
 
 
@@ -153,7 +159,3 @@ def _sizes(text: str) -> Any:
     if not all(isinstance(row, list) and row and all(type(size) is int for size in row) for row in rows):
         raise argparse.ArgumentTypeError(f"{text!r} must be a list of whole numbers, or a list of such lists")
     return sizes
-
-
-if __name__ == "__main__":
-    sys.exit(main())

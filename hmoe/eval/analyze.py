@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hmoe.sources import read_texts
+
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +92,7 @@ def analyze(
 
     Args:
         model, baseline: folders or Hub ids; the baseline may be dense. `settings.peft` is an adapter on the model.
-        data: `.txt` and `.jsonl` files.
+        data: files, folders, globs or data sets, as `dataset` of a recipe takes them.
         checkpoints: of the model's training, in order; the model itself is added as the last. With `settings.peft`
             they may be adapters on the model.
 
@@ -99,7 +101,7 @@ def analyze(
             checkpoints of other models.
     """
     from .loading import find_sources
-    from .observe import read_documents, windows
+    from .observe import windows
     from .stability import stability
 
     settings = settings or Settings()
@@ -111,7 +113,7 @@ def analyze(
     window = settings.window or min(512, *map(settings.loader.context, [source, *others]))
 
     def rows() -> Iterator[list[int]]:
-        return windows(read_documents(data), tokenizer, window, settings.max_tokens)
+        return windows(read_texts(data), tokenizer, window, settings.max_tokens)
 
     next(rows())  # text that is too short is refused before a model is loaded
     whole = _run(source, rows, settings, wants=("routes", "sample") if earlier else ("routes",))
@@ -158,8 +160,6 @@ def _check_tokenizers(
 def _run(
     source: Source, rows: Callable[[], Iterator[list[int]]], settings: Settings, *, wants: Sequence[str]
 ) -> ModelRun:
-    from transformers.utils import logging
-
     from hmoe.metrics import held_out_metrics
     from hmoe.routers import architecture, routed_layers
 
@@ -168,7 +168,6 @@ def _run(
     from .statistics import RoutingStatistics
     from .tokens import TokenLosses, TokenRoutes
 
-    logging.disable_progress_bar()
     network = settings.loader.network(source)
     shape = architecture(network) if wants or routed_layers(network) else None
     vocab_size = network.config.get_text_config().vocab_size
@@ -304,7 +303,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("model", help="a model folder or Hub id")
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help=".txt files, or .jsonl with `text`")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="text of any format that `hmoe train` reads, with a column `text`"
+    )
     parser.add_argument("--against", metavar="BASELINE", help="a model with the same tokenizer, MoE or dense")
     parser.add_argument("--checkpoints", nargs="+", default=[], help="earlier checkpoints of the same run, in order")
     parser.add_argument(
@@ -346,16 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     names = [name for name in Settings.__dataclass_fields__ if hasattr(args, name)]
     settings = Settings(**{name: getattr(args, name) for name in names}, progress=sys.stderr.isatty())
-    try:
-        result = analyze(args.model, args.data, baseline=args.against, checkpoints=args.checkpoints, settings=settings)
-    except (ValueError, OSError) as error:
-        print(f"hmoe analyze: {error}", file=sys.stderr)
-        return 1
+    result = analyze(args.model, args.data, baseline=args.against, checkpoints=args.checkpoints, settings=settings)
     path = write_report(result, args.output_dir)
     print(headline(result))
     print(path)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

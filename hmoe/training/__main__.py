@@ -1,7 +1,9 @@
+"""`python -m hmoe.training` is `hmoe train`, for launchers that start a module."""
+
 import sys
 
-from hmoe.training.command import main
+from hmoe_cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -17,6 +17,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hmoe.errors import CommandError
+
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ _STAGING = re.compile(rf"{STAGING_PREFIX}(checkpoint-\d+)")
 _BLOCK = 1 << 22
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(CommandError):
     """A checkpoint cannot be written, or is not what its manifest says."""
 
 

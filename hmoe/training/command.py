@@ -10,14 +10,12 @@ from __future__ import annotations
 import sys
 
 from .arguments import DataOptions, LoraOptions, ModelOptions, RunOptions, TokenizerOptions
-from .checkpointing import CheckpointError
 from .recipe import make_parser, parse_arguments
 from .runner import Run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `hmoe train ...`; returns the exit status: 2 for arguments or data that cannot be used, 1 for checkpoints
-    that cannot be read or written."""
+    """Runs `hmoe train ...`; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         make_parser((ModelOptions, TokenizerOptions, DataOptions, LoraOptions, RunOptions)).print_help()
@@ -25,14 +23,5 @@ def main(argv: list[str] | None = None) -> int:
     if "--help_all" in argv:
         make_parser().print_help()
         return 0
-    try:
-        try:
-            run = Run(parse_arguments(argv))
-        except (ValueError, OSError) as error:
-            print(f"hmoe train: {error}", file=sys.stderr)
-            return 2
-        run.train()
-    except CheckpointError as error:
-        print(f"hmoe train: {error}", file=sys.stderr)
-        return 1
+    Run(parse_arguments(argv)).train()
     return 0

@@ -185,9 +185,16 @@ def _first(parts: list[PackedDataset], limit: int | None) -> Dataset | None:
     return Subset(whole, np.linspace(0, len(whole) - 1, limit).astype(int).tolist())
 
 
+def read_rows(source: Source, options: DataOptions) -> Any:
+    """The raw rows of a source, text files parted as `options` ask for."""
+    whole = options.document_separator is not None or options.text_documents == "file"
+    sample_by = "document" if whole else options.text_documents
+    return load_source(source, streaming=options.streaming, sample_by=sample_by, cache_dir=options.data_cache_dir)
+
+
 def _raw(source: Source, options: DataOptions) -> tuple[Any, str]:
     """The rows of a source, limited to `max_documents`, and the name of its text column."""
-    dataset = load_source(source, options)
+    dataset = read_rows(source, options)
     column = source.text_column or options.text_column
     check_columns(dataset, [column], source, "text_column")
     if options.max_documents is not None:
@@ -363,7 +370,7 @@ def _encode_source(source: Source, request: _Request, split: Split) -> Any:
     encoder = ChatEncoder(
         request.tokenizer, request.length, options.messages_column, options.prompt_column, options.answer_column, split
     )
-    dataset = load_source(source, options)
+    dataset = read_rows(source, options)
     option = "messages_column" if options.prompt_column is None else "prompt_column, answer_column"
     check_columns(dataset, encoder.columns, source, option)
     if options.max_documents is not None:

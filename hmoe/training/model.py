@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -12,6 +10,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from hmoe.configuration_hmoe import HMoEConfig
+from hmoe.errors import did_you_mean
+from hmoe.sources import load_checkpoint
 
 from .arguments import LoraOptions, ModelOptions
 
@@ -54,16 +54,13 @@ def build_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def _checkpoint_config(options: ModelOptions, fields: dict[str, Any]) -> Any:
-    name = str(options.model_name_or_path)
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or Path(name).exists()):
-        raise ValueError(f"`model_name_or_path`={name!r} is not a folder (from {Path.cwd()})")
-    return AutoConfig.from_pretrained(name, trust_remote_code=options.trust_remote_code, **fields)
+    name, trust = str(options.model_name_or_path), options.trust_remote_code
+    return load_checkpoint(AutoConfig.from_pretrained, name, "config", trust_remote_code=trust, **fields)
 
 
 def _typed_config(model_type: str, fields: dict[str, Any]) -> Any:
     if model_type not in CONFIG_MAPPING:
-        nearest = get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=1, cutoff=0.5)
-        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+        hint = did_you_mean(model_type, CONFIG_MAPPING.keys())
         raise ValueError(f"`model_type`={model_type!r} is unknown to Transformers{hint}")
     _check_fields(CONFIG_MAPPING[model_type], fields, model_type)
     return AutoConfig.for_model(model_type, **fields)
@@ -76,9 +73,7 @@ def _check_fields(config_class: Any, fields: dict[str, Any], of: str) -> None:
     known = {*config_class.__dataclass_fields__, *config_class.attribute_map}
     for name in fields:
         if name not in known and not hasattr(config_class, name):
-            nearest = get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f", did you mean `{nearest[0]}`?" if nearest else ""
-            raise ValueError(f"`model_config`: {of} has no field `{name}`{hint}")
+            raise ValueError(f"`model_config`: {of} has no field `{name}`{did_you_mean(name, known)}")
 
 
 def build_model(options: ModelOptions, config: Any) -> Any:
@@ -90,7 +85,8 @@ def build_model(options: ModelOptions, config: Any) -> Any:
     if options.model_name_or_path is not None:
         if options.distributed:
             settings["distributed_config"] = build_distributed_config(options.distributed)
-        return AutoModelForCausalLM.from_pretrained(options.model_name_or_path, config=config, **settings)
+        name = options.model_name_or_path
+        return load_checkpoint(AutoModelForCausalLM.from_pretrained, name, config=config, **settings)
     if settings["dtype"] == "auto":
         del settings["dtype"]
     model = AutoModelForCausalLM.from_config(config, **settings)
@@ -117,9 +113,7 @@ def build_distributed_config(fields: Any) -> DistributedConfig:
     known = list(DistributedConfig.__dataclass_fields__)
     for name in fields:
         if name not in known:
-            nearest = get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f", did you mean `{nearest[0]}`?" if nearest else ""
-            raise ValueError(f"`distributed` has no field `{name}`{hint}")
+            raise ValueError(f"`distributed` has no field `{name}`{did_you_mean(name, known)}")
     config = DistributedConfig(**fields)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if config.tp_size * config.dp_size * config.pp_size != processes:

@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from hmoe.errors import did_you_mean
 
 from .arguments import (
     OPTION_TYPES,
@@ -142,8 +143,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    nearest = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f", did you mean `{nearest[0]}`?" if nearest else "; `hmoe train --help_all` lists the keys"
+    return did_you_mean(name, known, otherwise="; `hmoe train --help_all` lists the keys")
 
 
 def take_dotted(argv: list[str], mappings: Collection[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from hmoe.sources import Source, check_columns, compile_separator, load_source
+from hmoe.sources import Source, check_columns, compile_separator, load_checkpoint
 
 from .arguments import DataOptions, ModelOptions, TokenizerOptions
+from .data import read_rows
 from .documents import Split, split_text
 
 
@@ -54,7 +55,9 @@ def build_tokenizer(
                 "no tokenizer: give `tokenizer` (a folder or a Hub name), or `train_tokenizer` (a number of tokens) "
                 "to train one on the corpus"
             )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        tokenizer = load_checkpoint(
+            AutoTokenizer.from_pretrained, name, "tokenizer", trust_remote_code=model.trust_remote_code
+        )
     if options.chat_template is not None:
         tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
     return tokenizer
@@ -86,7 +89,7 @@ def corpus_texts(data: DataOptions, max_bytes: int) -> Iterator[str]:
     split = Split(data.validation_fraction)
     separator = compile_separator(data.document_separator)
     for source in (Source.parse(entry) for entry in data.dataset):
-        rows = load_source(source, options)
+        rows = read_rows(source, options)
         column = source.text_column or data.text_column
         if data.task == "pretrain":
             check_columns(rows, [column], source, "text_column")

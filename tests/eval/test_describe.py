@@ -13,6 +13,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+import hmoe_cli
 from hmoe import HMoEConfig, HMoEForCausalLM
 from hmoe.costs import forward_flops
 from hmoe.describe import describe, homogeneous_twin, inverse_size_load, load_config, main, report
@@ -206,5 +207,5 @@ def test_bad_input_is_refused_with_the_value_and_a_remedy(tmp_path, tiny_config,
         (["hmoe-0.4b", "--experts_per_token", "3"], "num_experts_per_tok"),
         (["hmoe-0.4b-top-p", "--experts_per_token", "9"], "from 1 to 8"),
     ):
-        assert main(arguments) == 1
+        assert hmoe_cli.main(["describe", *arguments]) == 2
         assert words in capsys.readouterr().err

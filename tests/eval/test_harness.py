@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-import hmoe  # noqa: F401
+import hmoe_cli
 from hmoe.eval.harness import SUITES_FOLDER, _names, main
 from hmoe.eval.scores import PREFERRED_METRICS, read_evaluation
 from hmoe.routers import architecture
@@ -248,15 +248,15 @@ def test_bad_input_is_refused_with_the_value_and_a_remedy(model_folder, tasks, t
     include = ["--include_path", str(tasks)]
     for arguments, words in (
         ([folder], "--suite (hmoe, modse)"),
-        ([folder, "--tasks", "toy_choise", *include], "did you mean toy_choice"),
-        (["./nothing", "--tasks", "toy_choice"], "./nothing: no such folder"),
+        ([folder, "--tasks", "toy_choise", *include], "did you mean `toy_choice`"),
+        (["./nothing", "--tasks", "toy_choice"], "./nothing: no such file or folder"),
         ([str(tmp_path), "--tasks", "toy_choice"], "no config.json"),
-        ([folder, "--tasks", "piqua", "--offline_items"], "did you mean 'piqa'"),
+        ([folder, "--tasks", "piqua", "--offline_items"], "did you mean `piqa`"),
         ([folder, "--suite", "hmoe", *include], "--tasks FILE.yaml"),
         ([folder, "--suite", "hmoe", "--output_path", "x"], "use --output_dir"),
         (["owner/name", "--suite", "hmoe", "--model_card"], "download it first"),
     ):
-        assert main(arguments) == 1
+        assert hmoe_cli.main(["evaluate", *arguments]) == 2
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--suite", "hmoe"])
@@ -279,7 +279,8 @@ def test_without_the_hub_the_offline_items_are_named(model_folder, tmp_path, cap
     (tmp_path / "far.yaml").write_text(
         yaml.safe_dump({**task, "output_type": "multiple_choice", "doc_to_choice": "x"})
     )
-    assert main([model_folder("hmoe"), "--tasks", str(tmp_path / "far.yaml"), "--device", "cpu"]) == 1
+    arguments = [model_folder("hmoe"), "--tasks", str(tmp_path / "far.yaml"), "--device", "cpu"]
+    assert hmoe_cli.main(["evaluate", *arguments]) == 2
     assert "Couldn't reach 'nobody/nothing' on the Hub. --offline_items takes" in capsys.readouterr().err
 
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import hmoe_cli
 from hmoe import lora_config
 from hmoe.eval.analyze import Settings, analyze, main
-from hmoe.eval.observe import batches, check_same_tokenizer, read_documents, step_of, windows
+from hmoe.eval.observe import batches, check_same_tokenizer, step_of, windows
 from hmoe.eval.report import SECTIONS, write_report
+from hmoe.sources import read_texts
 
 from .conftest import train_tokenizer
 
@@ -228,7 +230,7 @@ def test_code_beside_a_checkpoint_runs_only_if_it_is_trusted(
     foreign, model_folder, text_file, tokenizer, written, capsys
 ):
     arguments = [foreign, "--data", str(text_file), "--window", "32", "--max_tokens", "1000", "--min_count", "3"]
-    assert main(arguments) == 1
+    assert hmoe_cli.main(["analyze", *arguments]) == 2
     assert "has code of its own: --trust_remote_code runs it" in capsys.readouterr().err
     assert main([*arguments, "--trust_remote_code"]) == 0
     same = AutoModelForCausalLM.from_pretrained(model_folder("hmoe")).eval()
@@ -246,7 +248,7 @@ def test_adapters_that_do_not_fit_are_refused_with_a_remedy(adapters, model_fold
         ([hmoe, *good, "--peft", str(tmp_path)], f"no PEFT adapter of {hmoe} could be loaded"),
         ([model_folder("top_p"), *good, "--peft", adapters[0]], "no PEFT adapter of"),
     ):
-        assert main(arguments) == 1
+        assert hmoe_cli.main(["analyze", *arguments]) == 2
         assert words in capsys.readouterr().err
 
 
@@ -254,7 +256,7 @@ def test_a_dense_model_can_be_the_baseline_but_not_the_model(model_folder, text_
     arguments = ["--data", str(text_file), "--window", "32", "--max_tokens", "1000", "--output_dir", str(tmp_path)]
     assert main([model_folder("hmoe"), "--against", model_folder("llama"), *arguments]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["baseline"]["routing"] is None
-    assert main([model_folder("llama"), *arguments]) == 1
+    assert hmoe_cli.main(["analyze", model_folder("llama"), *arguments]) == 2
     assert "not a mixture of experts" in capsys.readouterr().err
 
 
@@ -268,23 +270,23 @@ def test_bad_input_is_refused_with_the_value_and_a_remedy(model_folder, text_fil
     train_tokenizer("quite another text with other words " * 50).save_pretrained(other)
     for arguments, words in (
         ([hmoe, "--data", str(short)], "fewer than one window of 128"),
-        ([hmoe, "--data", str(lines)], "line 2: no field `text`"),
+        ([hmoe, "--data", str(lines)], "lines.jsonl, row 2: no text in column 'text'"),
         ([hmoe, "--data", str(tmp_path / "none.txt")], "no such file"),
         ([hmoe, "--data", "table.csv"], "table.csv: no such file"),
         ([hmoe, *good, "--against", str(other)], "different tokenizers"),
         ([hmoe, *good, "--checkpoints", model_folder("top_p"), "--max_tokens", "500"], "one training run"),
         ([hmoe, *good, "--window", "1"], "at least 2"),
         ([hmoe, *good, "--dtype", "float31"], "'float31'"),
-        ([str(tmp_path / "nothing"), *good], "no tokenizer"),
+        ([str(tmp_path / "nothing"), *good], "nothing: no such file or folder"),
     ):
-        assert main(arguments) == 1
+        assert hmoe_cli.main(["analyze", *arguments]) == 2
         assert words in capsys.readouterr().err
 
 
 def test_windows_are_cut_from_one_stream_and_documents_end_with_eos(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n\n{"text": "three"}\n')
     (tmp_path / "b.txt").write_text("four\nfive\n" * 300)
-    documents = list(read_documents([tmp_path / "a.jsonl", tmp_path / "b.txt"], chunk_characters=100))
+    documents = list(read_texts([tmp_path / "a.jsonl", tmp_path / "b.txt"], piece=100))
     assert documents[:2] == ["one two", "three"]
     assert len(documents) > 3 and "".join(documents[2:]) == "four\nfive\n" * 300
     expected = [token for text in documents for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]

@@ -4,6 +4,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
+import hmoe_cli
 from hmoe.training.arguments import OPTION_TYPES, DataOptions, HMoETrainingArguments, RunOptions, known_fields
 from hmoe.training.command import main
 from hmoe.training.recipe import parse_arguments
@@ -135,7 +136,7 @@ def test_bad_command_lines_say_what_is_wrong(recipe, words, message):
 
 
 def test_a_bad_recipe_ends_the_command_with_status_2(recipe, capsys):
-    assert main(["--config", recipe("learnin_rate: 1")]) == 2
+    assert hmoe_cli.main(["train", "--config", recipe("learnin_rate: 1")]) == 2
     assert "did you mean `learning_rate`" in capsys.readouterr().err
 
 

@@ -1,0 +1,100 @@
+"""HMoE to HMoE with the experts in another order, so that equal runs of tiles on the ranks are a balanced placement.
+
+Router rows and tiles move together, so the model computes what it did. The states of an optimizer do not move with
+them: place before training, or afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..placement import best_method, place_layers, reorder_config
+from .base import Conversion, Options, Plan, SourceCheckpoint, execute
+from .checkpoint import CheckpointReader
+
+
+_MOE_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|experts)\.(?!act_fn\.)")
+
+
+def convert_place(
+    source: str | Path,
+    target: str | Path,
+    num_ranks: int,
+    *,
+    method: str | None = None,
+    load: str | Path | None = None,
+    options: Options | None = None,
+) -> Conversion:
+    """An HMoE checkpoint whose experts are ordered for `num_ranks` ranks; exact.
+
+    Args:
+        num_ranks: ranks that together hold the experts once (`ep_size`).
+        method: one of [`hmoe.placement.METHODS`]; default `pairs` where they are whole, else `balanced`.
+        load: the `metrics.jsonl` of a run, to balance by the load it measured; default: by size.
+
+    Raises:
+        ValueError: a placement that cannot be; the message names the remedy.
+    """
+    options = options or Options()
+    opened = SourceCheckpoint.open(source, ("hmoe",), "place")
+    config = opened.config
+    sizes = config.layer_expert_sizes
+    method = method or best_method(sizes, num_ranks)
+    measured = None if load is None else read_load(load)
+    orders = [placement.order for placement in place_layers(sizes, num_ranks, method, load=measured)]
+    notes = [f"experts in the order of a placement on {num_ranks} ranks by {method!r}"]
+    if options.check and not any(name.endswith("ForCausalLM") for name in config.architectures or ["HMoEForCausalLM"]):
+        options = replace(options, check=False)
+        notes.append("not checked: the model has no language model head to compare")
+    target_config = reorder_config(config, orders)
+    plan = Plan(
+        source=opened,
+        config=target_config,
+        tensors=lambda: _tensors(opened.reader, config, orders),
+        num_parameters=count_parameters(target_config).total,
+        settings={"conversion": "place", "num_ranks": num_ranks, "method": method, "load": load and str(load)},
+        exact=True,
+        notes=notes,
+    )
+    return execute(plan, target, options)
+
+
+def read_load(path: str | Path) -> list[list[float]]:
+    """The last measured load, per layer and expert, in the `metrics.jsonl` of a run.
+
+    Raises:
+        ValueError: if no line holds one.
+    """
+    for line in reversed(Path(path).read_text(encoding="utf-8").splitlines()):
+        load = json.loads(line).get("load")
+        if load:
+            return load
+    raise ValueError(f"{path} holds no `load`: train with `router_metrics` 'brief' or 'per_layer'")
+
+
+def _tensors(
+    reader: CheckpointReader, config: HMoEConfig, orders: Sequence[Sequence[int]]
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the source, those of routers and experts with their first dimension reordered."""
+    assert config.expert_tile_size is not None  # filled in when the config was made
+    for name in reader.names:
+        tensor = reader.tensor(name)
+        if match := _MOE_TENSOR.search(name):
+            layer = int(match[1])
+            order = list(orders[layer])
+            if match[2] == "experts":
+                order = _tile_order(config.layer_expert_sizes[layer], config.expert_tile_size, order)
+            tensor = tensor[order]
+        yield name, tensor
+
+
+def _tile_order(sizes: Sequence[int], tile: int, order: Sequence[int]) -> list[int]:
+    starts = [sum(sizes[:expert]) // tile for expert in range(len(sizes))]
+    return [starts[expert] + i for expert in order for i in range(sizes[expert] // tile)]
