@@ -15,7 +15,7 @@ import wrapt
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "configuration_hmoe": ["PRESETS", "HMoEConfig", "ParameterCounts", "count_parameters"],
+    "configuration_hmoe": ["HMoEConfig", "ParameterCounts", "count_parameters"],
     "lora": ["lora_config"],
     "modeling_hmoe": [
         "HMoEForCausalLM",
@@ -25,7 +25,8 @@ _PUBLIC = {
         "HMoEModel",
         "HMoEPreTrainedModel",
     ],
-    "sizes_hmoe": ["expert_sizes"],
+    "presets": ["PRESETS"],
+    "sizes": ["expert_sizes"],
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

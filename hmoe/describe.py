@@ -225,7 +225,8 @@ def load_config(source: str) -> Any:
     Raises:
         ValueError: for a source that is none of these, or a model of a type that cannot be described.
     """
-    from hmoe.configuration_hmoe import PRESETS, HMoEConfig
+    from hmoe.configuration_hmoe import HMoEConfig
+    from hmoe.presets import PRESETS
 
     path = Path(source).expanduser()
     if source in PRESETS:

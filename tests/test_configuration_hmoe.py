@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hmoe import PRESETS, HMoEConfig, HMoEForCausalLM, count_parameters, expert_sizes
 from hmoe.configuration_hmoe import CONFIG_FORMAT_VERSION
-from hmoe.sizes_hmoe import SIZE_STRATEGIES
+from hmoe.sizes import SIZE_STRATEGIES
 
 
 # What a refusal may raise; the last wraps the other two where huggingface_hub checks a field or a config.
@@ -213,7 +213,7 @@ def test_expert_sizes_are_the_papers_lists(strategy, sizes, unit):
 
 
 @given(
-    strategy=st.sampled_from(SIZE_STRATEGIES),
+    strategy=st.sampled_from(list(SIZE_STRATEGIES)),
     fours=st.integers(1, 8),
     units=st.integers(1, 40),
     multiple_of=st.integers(1, 64),

@@ -14,11 +14,11 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..sizes import SIZE_STRATEGIES
+
 
 if TYPE_CHECKING:
     from .base import Conversion, Options
-
-STRATEGIES = ["arithmetic", "geometric", "hybrid", "pairs", "uniform"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,7 +150,7 @@ def _add_resize_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_size_options(parser: argparse.ArgumentParser, total: str) -> None:
-    parser.add_argument("--strategy", choices=STRATEGIES, help="rule for the sizes")
+    parser.add_argument("--strategy", choices=list(SIZE_STRATEGIES), help="rule for the sizes")
     parser.add_argument("--total", type=int, help=f"sum of a layer's sizes, for the {total}")
     parser.add_argument("--multiple_of", type=int, help="sizes are multiples of it (default: from the width)")
     parser.add_argument(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
-from ..sizes_hmoe import expert_sizes
+from ..sizes import expert_sizes
 from .base import Conversion, Options, Plan, execute
 from .calibration import calibration_tokens, run_layers
 from .checkpoint import CheckpointReader, resolve_source
