@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -18,11 +18,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 CONFIG_FORMAT_VERSION = 1
-ROUTINGS = ("top_k", "top_p")
-ROUTER_TYPES = ("linear", "modse")
-LOAD_BALANCING_COUNTS = ("activated", "top1")
-PENALTY_NORMALIZERS = ("mean", "max", "sum", "none")
-LOSS_SCOPES = ("micro_batch", "global_batch")
 
 # Every head is resolvable from every checkpoint, whichever head saved it.
 AUTO_MAP = {
@@ -73,17 +68,6 @@ class HMoEConfig(PreTrainedConfig):
     """
 
     model_type = "hmoe"
-    keys_to_ignore_at_inference = [
-        "past_key_values",
-        "lm_loss",
-        "aux_loss",
-        "load_balancing_loss",
-        "parameter_penalty_loss",
-        "router_entropy_loss",
-        "router_z_loss",
-        "router_logits",
-        "router_index",
-    ]
     default_theta = 10000.0
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -130,21 +114,21 @@ class HMoEConfig(PreTrainedConfig):
 
     expert_intermediate_sizes: list[int] | list[list[int]] | None = None
     expert_tile_size: int | None = None
-    routing: str = "top_k"
+    routing: Literal["top_k", "top_p"] = "top_k"
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
     router_top_p: float | int = 0.6
     max_experts_per_tok: int | None = None
-    router_type: str = "linear"
+    router_type: Literal["linear", "modse"] = "linear"
 
     load_balancing_loss_coef: float | int = 0.0
-    load_balancing_counts: str = "activated"
+    load_balancing_counts: Literal["activated", "top1"] = "activated"
     parameter_penalty_loss_coef: float | int = 0.1
-    parameter_penalty_normalizer: str = "mean"
+    parameter_penalty_normalizer: Literal["mean", "max", "sum", "none"] = "mean"
     router_entropy_loss_coef: float | int = 0.0
     router_z_loss_coef: float | int = 0.0
     router_aux_loss_coef: float | int = 1.0
-    router_loss_scope: str = "micro_batch"
+    router_loss_scope: Literal["micro_batch", "global_batch"] = "micro_batch"
     output_router_logits: bool = False
 
     format_version: int = CONFIG_FORMAT_VERSION
@@ -240,7 +224,9 @@ class HMoEConfig(PreTrainedConfig):
         rope = self.rope_parameters
         if not isinstance(rope, dict) or not {"rope_type", "rope_theta"} <= rope.keys():
             raise ValueError(f"`rope_parameters` needs `rope_type` and `rope_theta`, got {rope!r}")
-        _check_choice("rope_parameters['rope_type']", rope["rope_type"], ("default", *ROPE_INIT_FUNCTIONS))
+        if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
+            choices = ["default", *ROPE_INIT_FUNCTIONS]
+            raise ValueError(f"`rope_parameters['rope_type']` must be one of {choices}, got {rope['rope_type']!r}")
         for name in ("rope_theta", "factor"):
             if name in rope and not (_is_number(rope[name]) and 0 < rope[name] < math.inf):
                 raise ValueError(f"`rope_parameters['{name}']` must be a positive number, got {rope[name]!r}")
@@ -277,8 +263,6 @@ class HMoEConfig(PreTrainedConfig):
                     )
 
     def _check_routing(self) -> None:
-        _check_choice("routing", self.routing, ROUTINGS)
-        _check_choice("router_type", self.router_type, ROUTER_TYPES)
         _check_positive("num_experts_per_tok", self.num_experts_per_tok)
         fewest = min(len(sizes) for sizes in self.layer_expert_sizes)
         if self.routing == "top_k" and self.num_experts_per_tok > fewest:
@@ -303,9 +287,6 @@ class HMoEConfig(PreTrainedConfig):
             )
 
     def _check_losses(self) -> None:
-        _check_choice("load_balancing_counts", self.load_balancing_counts, LOAD_BALANCING_COUNTS)
-        _check_choice("parameter_penalty_normalizer", self.parameter_penalty_normalizer, PENALTY_NORMALIZERS)
-        _check_choice("router_loss_scope", self.router_loss_scope, LOSS_SCOPES)
         for name in ("router_aux_loss_coef", *self.router_loss_coefs_by_field):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
@@ -326,13 +307,20 @@ class HMoEConfig(PreTrainedConfig):
 
     @property
     def router_loss_coefs_by_field(self) -> dict[str, float]:
-        names = ("load_balancing_loss", "parameter_penalty_loss", "router_entropy_loss", "router_z_loss")
-        return {f"{name}_coef": getattr(self, f"{name}_coef") for name in names}
+        """Coefficients of the router losses, by their fields: all that end in `_loss_coef` but the common factor."""
+        names = [name for name in self.__dataclass_fields__ if name.endswith("_loss_coef")]
+        return {name: getattr(self, name) for name in names if name != "router_aux_loss_coef"}
 
     @property
     def has_router_losses(self) -> bool:
         """Whether training adds any router term to the loss."""
         return self.router_aux_loss_coef > 0 and any(coef > 0 for coef in self.router_loss_coefs_by_field.values())
+
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """Outputs of the model that `Trainer` does not gather in evaluation."""
+        losses = [field.removesuffix("_coef") for field in self.router_loss_coefs_by_field]
+        return ["past_key_values", "lm_loss", "aux_loss", *losses, "router_logits", "router_index"]
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "HMoEConfig":
@@ -371,6 +359,11 @@ class HMoEConfig(PreTrainedConfig):
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
 
+def is_hmoe(config: Any) -> bool:
+    """Whether a config is of an HMoE model. The class that a checkpoint's own code defines is not [`HMoEConfig`]."""
+    return config.model_type == HMoEConfig.model_type
+
+
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value!r}")
@@ -378,13 +371,6 @@ def _check_positive(name: str, value: int) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        nearest = get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}{hint}")
 
 
 @dataclass(frozen=True)

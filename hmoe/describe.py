@@ -15,13 +15,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hmoe.configuration_hmoe import HMoEConfig, is_hmoe
 from hmoe.placement import describe_placement
 
-
-if TYPE_CHECKING:
-    from hmoe.configuration_hmoe import HMoEConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Weight, gradient and the two moments of AdamW; autocast keeps all of them in float32.
@@ -225,7 +223,6 @@ def load_config(source: str) -> Any:
     Raises:
         ValueError: for a source that is none of these, or a model of a type that cannot be described.
     """
-    from hmoe.configuration_hmoe import HMoEConfig
     from hmoe.presets import PRESETS
 
     path = Path(source).expanduser()
@@ -282,7 +279,7 @@ def _config_of_recipe(path: Path) -> Any:
 def report(config: Any, **options: Any) -> dict[str, Any]:
     """The description of a model and of its homogeneous twin, as plain numbers; `twin` is None where they are one, and
     for other types than HMoE, whose experts have one size."""
-    if config.model_type != "hmoe":
+    if not is_hmoe(config):
         from .describe_stock import describe_stock
 
         return {"model": asdict(describe_stock(config, **options)), "twin": None}
@@ -391,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
             dtype=args.dtype,
             experts_per_token=args.experts_per_token,
         )
-        if args.num_ranks is not None and config.model_type != "hmoe":
+        if args.num_ranks is not None and not is_hmoe(config):
             raise ValueError(f"--num_ranks is for HMoE, and this is {config.model_type!r}: see `hmoe convert`")
         placement = None if args.num_ranks is None else describe_placement(config, args.num_ranks)
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Sizes of the experts of a layer, by the strategies of both papers: HMoE (arXiv 2408.10681), MoDSE (arXiv 2409.12210).
+"""Sizes of the experts of a layer, by the strategies of HMoE (arXiv 2408.10681) and MoDSE (arXiv 2409.12210).
 
 A strategy is one entry of `SIZE_STRATEGIES`. It counts in units, of which `multiple_of` neurons make one.
 """

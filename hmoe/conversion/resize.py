@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..routing_hmoe import router_parameter_names
 from ..sizes import expert_sizes
 from .base import Conversion, Options, Plan, execute
 from .calibration import calibration_tokens, run_layers
@@ -181,9 +182,7 @@ def _tensors(
     for layer, sizes in enumerate(target.layer_expert_sizes):
         names = attention_names(config, layer, biases)
         gate = f"model.layers.{layer}.mlp.gate"
-        names.append(f"{gate}.weight")
-        if config.router_type == "modse":
-            names += [f"{gate}.noise_weight", f"{gate}.noise_norm.weight"]
+        names += [f"{gate}.{name}" for name in router_parameter_names(config)]
         for name in names:
             yield name, cast(reader.tensor(name), dtype)
         resized = _Resized(reader, config, layer, sizes, importance[layer], seed)

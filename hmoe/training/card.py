@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import Trainer, TrainingArguments
 
 from hmoe import __version__
-from hmoe.configuration_hmoe import HMoEConfig, ParameterCounts, count_parameters
+from hmoe.configuration_hmoe import ParameterCounts, count_parameters, is_hmoe
 
 from .checkpointing import STAGING_PREFIX
 
@@ -190,13 +190,9 @@ def _num_experts(config: Any) -> int:
     return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
 
 
-def _is_hmoe(config: Any) -> bool:
-    return config.model_type == HMoEConfig.model_type
-
-
 def _introduction(config: Any, is_adapter: bool, run_info: Mapping[str, Any]) -> str:
     kind = f"A language model of type `{config.model_type}`"
-    if _is_hmoe(config):
+    if is_hmoe(config):
         sizes = config.layer_expert_sizes
         different = any(len(set(row)) > 1 for row in sizes)
         experts = "one expert" if config.num_experts == 1 else f"{config.num_experts} experts"
@@ -210,7 +206,7 @@ def _introduction(config: Any, is_adapter: bool, run_info: Mapping[str, Any]) ->
 
 
 def _usage(name: str, config: Any, is_adapter: bool, run_info: Mapping[str, Any]) -> str:
-    trust = ", trust_remote_code=True" if _is_hmoe(config) else ""
+    trust = ", trust_remote_code=True" if is_hmoe(config) else ""
     if is_adapter:
         base = _public(run_info.get("base_model")) or "BASE_MODEL"
         lines = [
@@ -241,7 +237,7 @@ def _usage(name: str, config: Any, is_adapter: bool, run_info: Mapping[str, Any]
 
 
 def _size(model: Any, config: Any, run_info: Mapping[str, Any]) -> str:
-    if not _is_hmoe(config):
+    if not is_hmoe(config):
         total = sum(parameter.numel() for parameter in model.parameters())
         return _table(["parameters", ""], [["total", f"{total:,}"]])
     load = run_info.get("load") or None
@@ -284,7 +280,7 @@ def _expert_table(config: Any, counts: ParameterCounts, load: Sequence[Sequence[
 
 
 def _routing(config: Any) -> str:
-    if not _is_hmoe(config):
+    if not is_hmoe(config):
         return ""
     if config.routing == "top_p":
         cap = f", at most {config.max_experts_per_tok}" if config.max_experts_per_tok else ""

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
-from hmoe.configuration_hmoe import HMoEConfig
+from hmoe.configuration_hmoe import HMoEConfig, is_hmoe
 
 from .options import LoraOptions, ModelOptions
 
@@ -142,7 +142,7 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
     except ImportError:
         raise ValueError("`lora` needs PEFT: pip install 'hmoe[peft]'") from None
 
-    if model.config.model_type == HMoEConfig.model_type:
+    if is_hmoe(model.config):
         from hmoe.lora import lora_config
 
         config = lora_config(
