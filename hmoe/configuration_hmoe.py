@@ -1,4 +1,4 @@
-"""HMoE configuration: routing, router losses, the papers' presets, and parameter counts.
+"""HMoE configuration: its fields and their checks, and parameter counts.
 
 Everything here is arithmetic on a config; no tensor is made. Papers: HMoE (arXiv 2408.10681), MoDSE (arXiv
 2409.12210). This file travels with every saved checkpoint, so it imports only the standard library and transformers.
@@ -42,7 +42,8 @@ class HMoEConfig(PreTrainedConfig):
 
     Mixtral's fields, with the experts described by a list of sizes. The defaults are HMoE-0.4B, Top-K (arXiv
     2408.10681, section 4). Every field is checked when the config is made; a bad value raises an error that names the
-    field, the value and the remedy.
+    field, the value and the remedy. A subclass adds the names of its own routers and routings to the `Literal`s, and
+    fields for the coefficients of its own router losses (tests/test_extending.py).
 
     Args:
         expert_intermediate_sizes: neurons of each expert; one list for all layers, or one list per layer (lengths may
@@ -168,7 +169,7 @@ class HMoEConfig(PreTrainedConfig):
         self._check_routing()
         self._check_losses()
 
-    # Run by transformers when a config is saved.
+    # Transformers runs every method named validate_... when it saves a config.
     def validate_hmoe(self):
         self.check()
 

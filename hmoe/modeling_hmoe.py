@@ -28,7 +28,7 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto import AutoModel
 from transformers.models.mixtral.modeling_mixtral import (
@@ -56,7 +56,7 @@ from .routing_hmoe import (
 
 
 @dataclass
-class HMoEModelOutputWithPast(ModelOutput):
+class HMoEModelOutputWithPast(MoeModelOutputWithPast):
     """Outputs of [`HMoEModel`].
 
     Attributes:
@@ -65,16 +65,11 @@ class HMoEModelOutputWithPast(ModelOutput):
         router_index: per layer [T, K], ids of the activated experts; the id E marks an unused Top-P slot; likewise.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
     router_index: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class HMoECausalLMOutputWithPast(ModelOutput):
+class HMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """Outputs of [`HMoEForCausalLM`].
 
     Attributes:
@@ -87,13 +82,6 @@ class HMoECausalLMOutputWithPast(ModelOutput):
         router_logits, router_index: as in [`HMoEModelOutputWithPast`].
     """
 
-    loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
     router_index: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
 
@@ -273,12 +261,12 @@ def _broken_files(folder: Path) -> Iterator[str]:
 
 def _faults(model: HMoEPreTrainedModel, info: dict, ignore_mismatched_sizes: bool) -> Iterator[str]:
     """What keeps a loaded model from being the one that was saved, tensor by tensor."""
-    unexpected = ", ".join(f"`{name}`" for name in sorted(info["unexpected_keys"])[:5])
-    hint = f" (unknown to the config: {unexpected})" if unexpected else ""
-    for name in sorted(info["missing_keys"]):
-        # A new task head on a pretrained body is what fine-tuning starts from; a causal LM has no new head.
-        if name.startswith(f"{model.base_model_prefix}.") or isinstance(model, HMoEModel | HMoEForCausalLM):
-            yield f"it lacks `{name}`{hint}"
+    # A new task head on a pretrained body is what fine-tuning starts from; a causal LM has no new head.
+    body = "" if isinstance(model, HMoEModel | HMoEForCausalLM) else f"{model.base_model_prefix}."
+    missing, unknown = (sorted(info[keys]) for keys in ("missing_keys", "unexpected_keys"))
+    if missing := [name for name in missing if name.startswith(body)]:
+        holds = f" and holds `{'`, `'.join(unknown[:5])}` instead" if unknown else ""
+        yield f"it lacks {len(missing)} tensors, among them `{'`, `'.join(missing[:5])}`{holds}"
     for name, found, expected in sorted(info["mismatched_keys"]) if not ignore_mismatched_sizes else ():
         yield f"`{name}` has shape {tuple(found)}, the config asks for {tuple(expected)}"
     for name, parameter in model.named_parameters():

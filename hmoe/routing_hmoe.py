@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,7 +147,7 @@ class LayerRouting:
         token_mask: [T], true where the token counts; None counts all.
         probability: [E], mean router probability of each expert; the gradient flows through it and the logits.
         frequency: [E], share of tokens that activate each expert; no gradient.
-        global_batch: whether counts are summed over data-parallel ranks.
+        count: the same share for other ids than the activated, [T, K] to [E].
     """
 
     config: HMoEConfig
@@ -155,24 +156,17 @@ class LayerRouting:
     token_mask: Tensor | None
     probability: Tensor
     frequency: Tensor
-    global_batch: bool
+    count: Callable[[Tensor], Tensor]
 
     def mean_over_tokens(self, values: Tensor) -> Tensor:
         """Mean of `values` [T, ...] over the tokens that count, [...]; zero if none does."""
         return _mean_over_tokens(values, self.token_mask)
 
-    def first_choice_frequency(self) -> Tensor:
-        """[E], share of tokens whose most probable expert it is; no gradient."""
-        first = self.logits.argmax(dim=-1, keepdim=True)  # [T, 1]
-        return activation_frequency(
-            first, num_experts=len(self.expert_sizes), token_mask=self.token_mask, reduce=self.global_batch
-        )
-
 
 def load_balancing_loss(layer: LayerRouting) -> Tensor:
     """`E * sum_i T_i P_i` (HMoE Eq. 3; with first-choice frequencies T the loss of MoDSE and Switch)."""
     top1 = layer.config.load_balancing_counts == "top1"
-    frequency = layer.first_choice_frequency() if top1 else layer.frequency
+    frequency = layer.count(layer.logits.argmax(dim=-1, keepdim=True)) if top1 else layer.frequency  # [E]
     return len(layer.expert_sizes) * (frequency * layer.probability).sum()
 
 
@@ -215,15 +209,15 @@ ROUTER_LOSSES: dict[str, Callable[[LayerRouting], Tensor]] = {
 }
 
 
-def router_losses(
+def weighted_router_losses(
     router_logits: Sequence[Tensor],
     router_index: Sequence[Tensor],
     config: HMoEConfig,
     attention_mask: Tensor | None = None,
     *,
     global_batch: bool = False,
-) -> dict[str, Tensor]:
-    """The raw (unweighted) router losses for which the config has a coefficient, each the mean over layers.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the router losses weighted by the coefficients of the config, and each raw one: means over layers.
 
     Args:
         router_logits: per layer [T, E], T = batch x sequence; E may differ by layer.
@@ -233,39 +227,19 @@ def router_losses(
         global_batch: sum the counts over data-parallel ranks.
 
     Returns:
-        fp32 scalars by the names in `ROUTER_LOSSES`.
+        an fp32 scalar, and fp32 scalars by their names in `ROUTER_LOSSES`, of all for which the config has a field.
     """
-    device = router_logits[-1].device
-    names = [field.removesuffix("_coef") for field in config.router_loss_coefs_by_field]
-    sums: dict[str, Tensor] = {}
+    coefs = {field.removesuffix("_coef"): coef for field, coef in config.router_loss_coefs_by_field.items()}
+    sums = dict.fromkeys(coefs, torch.zeros((), device=router_logits[-1].device))
     for logits, index, sizes in zip(router_logits, router_index, config.layer_expert_sizes):
         mask = _token_mask(attention_mask, logits)
-        layer = LayerRouting(
-            config=config,
-            logits=logits,
-            expert_sizes=sizes,
-            token_mask=mask,
-            probability=_mean_over_tokens(F.softmax(logits, dim=-1), mask),
-            frequency=activation_frequency(index, num_experts=len(sizes), token_mask=mask, reduce=global_batch),
-            global_batch=global_batch,
-        )
-        for name in names:
-            sums[name] = sums.get(name, 0) + ROUTER_LOSSES[name](layer).to(device)
-    return {name: value / len(router_logits) for name, value in sums.items()}
-
-
-def weighted_router_losses(
-    router_logits: Sequence[Tensor],
-    router_index: Sequence[Tensor],
-    config: HMoEConfig,
-    attention_mask: Tensor | None = None,
-    *,
-    global_batch: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the router losses weighted by the coefficients of the config, and each raw one."""
-    terms = router_losses(router_logits, router_index, config, attention_mask, global_batch=global_batch)
-    coefs = config.router_loss_coefs_by_field
-    return torch.stack([coefs[f"{name}_coef"] * value for name, value in terms.items()]).sum(), terms
+        count = partial(activation_frequency, num_experts=len(sizes), token_mask=mask, reduce=global_batch)
+        probability = _mean_over_tokens(F.softmax(logits, dim=-1), mask)
+        layer = LayerRouting(config, logits, sizes, mask, probability, count(index), count)
+        for name in coefs:
+            sums[name] = sums[name] + ROUTER_LOSSES[name](layer).to(sums[name].device)
+    terms = {name: value / len(router_logits) for name, value in sums.items()}
+    return torch.stack([coef * terms[name] for name, coef in coefs.items()]).sum(), terms
 
 
 def router_loss_share(

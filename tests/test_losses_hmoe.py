@@ -17,8 +17,8 @@ from hmoe.routing_hmoe import (
     route_top_k,
     route_top_p,
     router_entropy_loss,
-    router_losses,
     router_z_loss,
+    weighted_router_losses,
 )
 
 
@@ -81,7 +81,7 @@ def losses_of(tiny_config):
 
     def compute(logits, index, attention_mask=None, **fields) -> dict[str, Tensor]:
         config = tiny_config(expert_intermediate_sizes=SIZES_BY_LAYER, **fields)
-        return router_losses(logits, index, config, attention_mask)
+        return weighted_router_losses(logits, index, config, attention_mask)[1]
 
     return compute
 
@@ -97,7 +97,7 @@ def layer_of(
     """One layer with the given statistics; what a loss does not read is left out."""
     sizes = sizes or [16] * (frequency if logits is None else logits).shape[-1]
     config = HMoEConfig(expert_intermediate_sizes=sizes, num_experts_per_tok=1, **fields)
-    return LayerRouting(config, logits, sizes, None, probability, frequency, global_batch=False)
+    return LayerRouting(config, logits, sizes, None, probability, frequency, count=None)
 
 
 def random_frequency(num_experts: int) -> Tensor:
@@ -308,7 +308,7 @@ def batch() -> dict[str, Tensor]:
 def test_model_reports_the_losses_of_its_router_outputs(tiny_config, batch, overrides):
     config = tiny_config(**ALL_COEFS, **overrides)
     output = HMoEForCausalLM(config).train()(**batch, output_router_logits=True)
-    expected = router_losses(output.router_logits, output.router_index, config, PADDING)
+    _, expected = weighted_router_losses(output.router_logits, output.router_index, config, PADDING)
     torch.testing.assert_close({name: output[name] for name in TERMS}, expected)
     weighted = sum(ALL_COEFS[f"{name}_coef"] * expected[name] for name in TERMS)
     torch.testing.assert_close(output.aux_loss, weighted)

@@ -12,12 +12,12 @@ from torch.distributed.fsdp import fully_shard
 from hmoe import HMoEConfig, HMoEForCausalLM
 
 
-def wrap_and_save(rank: int, config: HMoEConfig, folder: Path) -> dict[str, str]:
+def wrap_and_save(rank: int, folder: Path, config: HMoEConfig) -> dict[str, str]:
     torch.manual_seed(0)
     model = fully_shard(HMoEForCausalLM(config))
     before = type(model).__name__
     state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    model.save_pretrained(folder, is_main_process=rank == 0, state_dict=state_dict)
+    model.save_pretrained(folder / "wrapped", is_main_process=rank == 0, state_dict=state_dict)
     return {"before": before, "after": type(model).__name__, "base": type(model).__mro__[2].__name__}
 
 
@@ -25,7 +25,7 @@ def wrap_and_save(rank: int, config: HMoEConfig, folder: Path) -> dict[str, str]
 def names(tiny_config, tmp_path: Path) -> dict[str, str]:
     torch.manual_seed(0)
     HMoEForCausalLM(tiny_config()).save_pretrained(tmp_path / "plain")
-    return run_ranks(2, wrap_and_save, tiny_config(), tmp_path / "wrapped")
+    return run_ranks(2, wrap_and_save, tmp_path, tiny_config())
 
 
 def test_the_class_keeps_fsdps_name_and_the_checkpoint_has_the_models(names, tmp_path):
