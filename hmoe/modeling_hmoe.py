@@ -85,6 +85,7 @@ class HMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     router_index: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
 
+    # The raw router losses are not fields: which there are follows from the config and `ROUTER_LOSSES`.
     def __init__(self, *args, **kwargs):
         names = [field.name for field in fields(self)]
         values = {**dict(zip(names, args)), **kwargs}
@@ -122,8 +123,7 @@ class HMoEAttention(Qwen3Attention):
 
 
 class HMoEDecoderLayer(MixtralDecoderLayer):
-    """Mixtral's layer; returns the router's outputs too, so that reentrant gradient checkpointing keeps their
-    graph."""
+    """Mixtral's layer. It returns the router's outputs too: so reentrant gradient checkpointing keeps their graph."""
 
     def __init__(self, config: HMoEConfig, layer_idx: int):
         nn.Module.__init__(self)
