@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.models.mixtral import modeling_mixtral
 
 from hmoe import HMoEConfig, HMoEForCausalLM
 from hmoe.routing_hmoe import (
@@ -362,3 +363,24 @@ def test_each_aux_term_alone_trains_the_routers(tiny_config, batch, name):
     output = model(**batch)
     (output.loss - output.lm_loss).backward()
     assert all(layer.mlp.gate.weight.grad.abs().sum() > 0 for layer in model.model.layers)
+
+
+def test_a_model_that_trl_tags_answers_mixtrals_function_with_its_own_loss_and_others_do_not(
+    monkeypatch, tiny_config, batch
+):
+    stock = getattr(
+        modeling_mixtral.load_balancing_loss_func, "__wrapped__", modeling_mixtral.load_balancing_loss_func
+    )
+    monkeypatch.setattr(modeling_mixtral, "load_balancing_loss_func", stock)
+    model = HMoEForCausalLM(tiny_config(**ALL_COEFS)).train()
+    model.add_model_tags(["finance"])
+    assert modeling_mixtral.load_balancing_loss_func is stock
+    model.add_model_tags(["trl", "sft"])
+    replaced = modeling_mixtral.load_balancing_loss_func
+    model.add_model_tags("trl")
+    assert modeling_mixtral.load_balancing_loss_func is replaced is not stock
+    output = model(**batch, output_router_logits=True)
+    torch.testing.assert_close(replaced(output.router_logits, 4, 2, PADDING), output.aux_loss, rtol=0, atol=0)
+    others = tuple(output.router_logits)
+    torch.testing.assert_close(replaced(others, 4, 2, PADDING), stock(others, 4, 2, PADDING), rtol=0, atol=0)
+    assert replaced(None) == 0

@@ -63,8 +63,12 @@ check(AutoModelForTokenClassification, "HMoEForTokenClassification")
     "mixtral_stays_as_it_is": """
 from transformers.models.mixtral import modeling_mixtral
 before = dict(vars(modeling_mixtral))
-check(__import__("transformers").AutoModelForCausalLM)
 import hmoe
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+check(AutoModelForCausalLM)
+copy = get_class_from_dynamic_module("modeling_hmoe.HMoEForCausalLM", folder)
+assert copy is not hmoe.HMoEForCausalLM
 assert vars(modeling_mixtral) == before
 """,
     "pickle": """
@@ -125,7 +129,7 @@ def import_results(tmp_path_factory, tiny_config) -> dict[str, str]:
     (folder / "config.pickle").write_bytes(pickle.dumps(model.config))
     subprocess.run(
         [sys.executable, "-c", RUN_IMPORT_ORDERS, folder, results, json.dumps(IMPORT_ORDERS)],
-        env={"OMP_NUM_THREADS": "1"},
+        env={"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(results.with_name("modules"))},
         check=True,
     )
     return {path.name: path.read_text() for path in results.iterdir()}
