@@ -16,7 +16,7 @@ import sys
 from typing import Any, NoReturn
 
 from .. import placement
-from ..sizes_hmoe import SIZE_STRATEGIES
+from ..sizes import SIZE_STRATEGIES
 from .base import CAST_DTYPES, Options
 from .dense import METHODS, NEURONS, OUTPUT_SCALES, ROUTERS, DenseSettings, convert_dense
 from .export import EXPORT_TYPES, convert_export
@@ -131,7 +131,7 @@ def _add_resize_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_size_options(parser: argparse.ArgumentParser, total: str) -> None:
-    parser.add_argument("--strategy", choices=SIZE_STRATEGIES, help="rule for the sizes")
+    parser.add_argument("--strategy", choices=list(SIZE_STRATEGIES), help="rule for the sizes")
     parser.add_argument("--total", type=int, help=f"sum of a layer's sizes, for the {total}")
     parser.add_argument("--multiple_of", type=int, help="sizes are multiples of it (default: from the width)")
     parser.add_argument(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
-from ..sizes_hmoe import expert_sizes
+from ..sizes import expert_sizes, find_strategy
 from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .calibration import calibration_tokens, run_layers
 from .check import ForcedRouting
@@ -181,7 +181,7 @@ def choose_sizes(settings: DenseSettings, width: int) -> list[Any]:
         return expert_sizes(settings.strategy, settings.num_experts, total=total, multiple_of=multiple_of)
     # As wide as possible while no expert is wider than the FFN.
     multiple_of = settings.multiple_of or default_multiple(width, settings.num_experts)
-    step = multiple_of * (settings.num_experts // 2 or 1 if settings.strategy == "pairs" else 1)
+    step = multiple_of * find_strategy(settings.strategy).units_step(settings.num_experts)
     for total in range(width * settings.num_experts // step * step, 0, -step):
         sizes = expert_sizes(settings.strategy, settings.num_experts, total=total, multiple_of=multiple_of)
         if max(sizes) <= width:

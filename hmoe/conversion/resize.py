@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
-from ..sizes_hmoe import expert_sizes
+from ..routing_hmoe import router_parameter_names
+from ..sizes import expert_sizes
 from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .calibration import calibration_tokens, run_layers
 from .checkpoint import CheckpointReader
@@ -173,9 +174,7 @@ def _tensors(
     for layer, sizes in enumerate(target.layer_expert_sizes):
         names = attention_names(config, layer, biases)
         gate = f"model.layers.{layer}.mlp.gate"
-        names.append(f"{gate}.weight")
-        if config.router_type == "modse":
-            names += [f"{gate}.noise_weight", f"{gate}.noise_norm.weight"]
+        names += [f"{gate}.{name}" for name in router_parameter_names(config)]
         for name in names:
             yield name, reader.tensor(name)
         resized = _Resized(reader, config, layer, sizes, importance[layer], seed)
