@@ -15,7 +15,8 @@ import wrapt
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "configuration_hmoe": ["PRESETS", "HMoEConfig", "ParameterCounts", "count_parameters"],
+    "configuration_hmoe": ["PRESETS", "HMoEConfig"],
+    "costs": ["ParameterCounts", "count_parameters"],
     "lora": ["lora_config"],
     "modeling_hmoe": [
         "HMoEForCausalLM",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..configuration_hmoe import HMoEConfig
+from ..costs import count_parameters
 from .base import Conversion, Options, Plan, execute
 from .checkpoint import CheckpointReader, resolve_source
 from .families import (

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..configuration_hmoe import HMoEConfig
+from ..costs import count_parameters
 from ..sizes_hmoe import expert_sizes
 from .base import Conversion, Options, Plan, execute
 from .calibration import calibration_tokens, run_layers

@@ -16,7 +16,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import Trainer, TrainingArguments
 
 from hmoe import __version__
-from hmoe.configuration_hmoe import HMoEConfig, ParameterCounts, count_parameters
+from hmoe.configuration_hmoe import HMoEConfig
+from hmoe.costs import ParameterCounts, count_parameters
 
 from .checkpointing import STAGING_PREFIX
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmoe.configuration_hmoe import HMoEConfig, count_parameters
-from hmoe.costs import TRAIN_FACTOR, ForwardFlops
+from hmoe.configuration_hmoe import HMoEConfig
+from hmoe.costs import TRAIN_FACTOR, ForwardFlops, model_costs
 
 
 ROUTER_TERMS = (
@@ -248,9 +248,9 @@ def summarise(window: RouterWindow, config: Any, detail: str = "brief") -> dict[
     # A checkpoint's own copy of the config is another class of the same name.
     is_hmoe = config.model_type == HMoEConfig.model_type
     if is_hmoe:
-        parameters = count_parameters(config, load=load)
-        entries["activated_parameters"] = parameters.activated
-        entries["activated_ratio"] = parameters.activated_ratio
+        costs = model_costs(config)
+        entries["activated_parameters"] = costs.activated_parameters(load)
+        entries["activated_ratio"] = costs.activated_ratio(load)
     for number, layer in enumerate(layers if detail == "per_layer" else []):
         if is_hmoe:
             sizes = config.layer_expert_sizes[number]

@@ -15,7 +15,7 @@ from transformers import (
 
 from hmoe import HMoEConfig, HMoEForCausalLM
 from hmoe.costs import forward_flops
-from hmoe.describe import describe, homogeneous_twin, inverse_size_load, load_config, main, report
+from hmoe.describe import describe, homogeneous_twin, load_config, main, report
 
 
 @pytest.mark.parametrize(
@@ -137,16 +137,6 @@ def test_cache_bytes_are_those_of_a_real_cache_and_weights_follow_the_dtype(tiny
     assert described.weight_bytes == 2 * describe(config).weight_bytes == described.parameters * 4
 
 
-def test_inverse_size_load_sums_up_and_no_expert_gets_more_than_every_token() -> None:
-    assert inverse_size_load([9, 11, 13, 15, 17, 19, 21, 23], 2) == pytest.approx(
-        [0.40, 0.33, 0.28, 0.25, 0.23, 0.20, 0.17, 0.15], abs=0.02
-    )
-    capped = inverse_size_load([1, 100, 100, 50], 2)
-    assert capped[0] == 1.0
-    assert capped == pytest.approx([1, 0.25, 0.25, 0.5])
-    assert inverse_size_load([5, 5], 2) == [1.0, 1.0]
-
-
 def test_hmoe_paper_figures_activated_parameters_and_ratio() -> None:
     described = report(HMoEConfig.from_preset("hmoe-0.4b"))
     assert described["twin"]["activated"] == pytest.approx(162.5e6, rel=1e-3)  # printed: 163 M
@@ -194,9 +184,9 @@ def test_bad_input_is_refused_with_the_value_and_a_remedy(tmp_path, tiny_config,
     for arguments, words in (
         (["hmoe-0.5b"], "did you mean 'hmoe-0.4b'"),
         ([str(tmp_path)], "`lama`"),
-        ([stock["gpt2"]], "type 'gpt2'; `hmoe describe` knows hmoe, mixtral"),
+        ([stock["gpt2"]], "type 'gpt2' cannot be described: `transformer.wte.weight` [50257, 768] is not known"),
         ([stock["llama"], "--num_ranks", "2"], "see `hmoe convert`"),
-        ([stock["llama"], "--experts_per_token", "2"], "Top-P routing, which 'llama' does not have"),
+        ([stock["llama"], "--experts_per_token", "2"], "Top-P routing; the routing of this model is 'dense'"),
         ([stock["llama"], "--batch_size", "0"], "`batch_size` must be at least 1, got 0"),
         ([stock["mixed"]], "`sliding_window`=8 on some layers only"),
         ([str(no_vocabulary)], "set `model_config.vocab_size`"),
