@@ -113,7 +113,8 @@ class ModelCosts:
         parameters: all of them; tied ones count once.
         parts: parameters outside the experts: `embedding` (input and, unless tied, output), `attention`, `norms`,
             `router` (learnable activations of experts included), `ffn` (dense ones and shared experts), `adapters`
-            (LoRA), `unrouted` (banks of experts in a mixture whose routers are not known).
+            (LoRA, and originals of modules that PEFT trains whole), `unrouted` (banks of experts whose routers are
+            not known).
         sizes, expert_parameters: neurons and parameters, per MoE layer, per expert.
         expert_flops: forward, per MoE layer, per expert, of a token that activates it.
         matrix_flops: forward, of a token, of all matrices outside the experts.
@@ -244,8 +245,8 @@ def _costs_of_config(text: str) -> ModelCosts:
 
 def _count(model: nn.Module) -> ModelCosts:
     config, layers = text_config(model), routed_layers(model)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", 0)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     widths = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     sizes = [layer.sizes for layer in layers]
     parts, matrix_flops, unrouted = _count_parts(model, layers)
@@ -286,7 +287,7 @@ def _count_parts(model: nn.Module, layers: list[RoutedLayer]) -> tuple[dict[str,
         is_bank = bool(rows) and not isinstance(module, nn.Conv1d)
         if is_bank and not layers:
             unrouted.append([2 * sum(math.prod(shape[1:]) for shape in rows)] * rows[0][0])
-        part = "router" if id(module) in routers else _part(name, module)
+        part = _part(name, module, id(module) in routers)
         for key, shape in shapes.items():
             is_expert = is_bank and len(shape) >= 2
             if key not in seen and not (is_expert and layers):
@@ -297,15 +298,16 @@ def _count_parts(model: nn.Module, layers: list[RoutedLayer]) -> tuple[dict[str,
     return parts, matrix_flops, unrouted
 
 
-def _part(name: str, module: nn.Module) -> str:
-    if "lora_" in name:
+def _part(name: str, module: nn.Module, is_router: bool) -> str:
+    # PEFT keeps the original of a module that it trains whole, and does not compute it.
+    if "lora_" in name or ".original_module" in name:
         return "adapters"
-    if isinstance(module, nn.Embedding) or name.endswith("lm_head"):
+    if is_router or ("experts." in name and "act_fn" in name):
+        return "router"
+    if isinstance(module, nn.Embedding) or "lm_head" in name:
         return "embedding"
     if "norm" in type(module).__name__.lower():
         return "norms"
-    if "experts.act_fn" in name:
-        return "router"
     return "attention" if "attn" in name else "ffn"
 
 
@@ -436,7 +438,7 @@ def count_parameters(config: Any, load: Load | None = None) -> ParameterCounts:
     return ParameterCounts(
         total=costs.parameters,
         **{name: costs.parts[name] for name in ("embedding", "attention", "norms", "router")},
-        experts=costs.expert_parameters,
+        experts=[list(row) for row in costs.expert_parameters],
         activated=costs.activated_parameters(load),
         activated_min=fewest,
         activated_max=most,

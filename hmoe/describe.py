@@ -91,10 +91,10 @@ def describe(
         ValueError: for an argument that cannot be, with the remedy, or a model whose costs are not known, with the
             reason.
     """
-    context = config.max_position_embeddings if context is None else context
     costs = model_costs(config)
     if costs.not_counted:
         raise ValueError(f"this model of type {config.model_type!r} cannot be described: {costs.not_counted}")
+    context = config.max_position_embeddings if context is None else context
     _check_arguments(costs, context, batch_size, dtype, experts_per_token)
     per_token = float(experts_per_token or costs.experts_per_token or bool(costs.sizes))
     load = equal_load(costs.sizes, per_token)
@@ -304,10 +304,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         config = load_config(args.model)
-        context = config.max_position_embeddings if args.context is None else args.context
         result = report(
             config,
-            context=context,
+            context=args.context,
             batch_size=args.batch_size,
             dtype=args.dtype,
             experts_per_token=args.experts_per_token,
@@ -318,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"hmoe describe: {error}", file=sys.stderr)
         return 1
+    context = config.max_position_embeddings if args.context is None else args.context
     conditions = {"context": context, "batch_size": args.batch_size, "dtype": args.dtype}
     if args.json:
         answer = {"name": args.model, **conditions, **result}

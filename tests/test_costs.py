@@ -18,8 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hmoe import HMoEConfig, HMoEForCausalLM, count_parameters
-from hmoe.costs import FlopsMeter, forward_flops, inverse_size_load, model_costs
+from hmoe import HMoEConfig, HMoEForCausalLM, count_parameters, lora_config
+from hmoe.costs import CONVENTIONS, FlopsMeter, forward_flops, inverse_size_load, model_costs
 from hmoe.training.budget import BudgetCallback, steps_for_budget
 
 
@@ -210,6 +210,7 @@ def test_stock_models_have_the_counted_parameters_and_the_literal_flops(model_ty
         ("qwen3_next", {}, "linear_attention is not known"),
         ("gpt_oss", {}, "`sliding_window`=128 on some layers only"),
         ("granitemoe", {}, "block_sparse_moe"),
+        ("mamba", {}, "linear_attention is not known"),
     ],
 )
 def test_models_that_cost_something_else_say_which_part_is_not_counted(model_type, overrides, reason):
@@ -229,13 +230,16 @@ def test_equal_configs_are_counted_once_and_changed_ones_again():
     assert count_parameters(config).total < count_parameters(HMoEConfig.from_preset("hmoe-0.4b")).total
 
 
-def test_adapters_are_parameters_but_no_flops():
+@pytest.mark.parametrize("parts", [{"experts": False}, {"router": True, "modules_to_save": ["lm_head"]}])
+def test_adapters_are_parameters_but_no_flops(parts):
     peft = pytest.importorskip("peft")
-    plain = model_costs(hmoe())
-    adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
-    adapted = model_costs(peft.get_peft_model(hmoe(), adapter))
-    assert adapted.parameters - plain.parameters == adapted.parts["adapters"] == 2 * 2 * 2 * (32 + 32)
-    for convention in ("matmul", "6nd"):
+    plain = model_costs(hmoe(router_type="modse"))
+    model = peft.get_peft_model(hmoe(router_type="modse"), lora_config(**parts))
+    adapted = model_costs(model)
+    assert adapted.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert adapted.parts["adapters"] == adapted.parameters - plain.parameters > 0
+    assert {**adapted.parts, "adapters": 0} == plain.parts
+    for convention in CONVENTIONS:
         assert adapted.forward_flops(convention) == plain.forward_flops(convention)
 
 
@@ -310,7 +314,7 @@ def test_an_unknown_convention_is_refused():
         forward_flops(hmoe(), "6n")
 
 
-@pytest.mark.parametrize("convention", ["matmul", "6nd"])
+@pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("name", ["top_k", "mixtral", "llama"])
 def test_partitioned_parameters_count_whole(name, convention):
     model = MODELS[name]()

@@ -4,12 +4,14 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     OlmoeConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -59,9 +61,17 @@ STOCK = {
         intermediate_size=96,
         mlp_only_layers=[1],
     ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SIZES,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=80,
+        num_experts=6,
+        num_experts_per_tok=2,
+    ),
     "llama": LlamaConfig(**SIZES, intermediate_size=144, tie_word_embeddings=True),
     "mistral": MistralConfig(**SIZES, intermediate_size=144, sliding_window=16),
     "qwen2": Qwen2Config(**SIZES, intermediate_size=144),
+    "gemma": GemmaConfig(**SIZES, head_dim=32, intermediate_size=144),
 }
 
 
@@ -104,9 +114,11 @@ def test_mixtral_costs_what_the_hmoe_of_its_sizes_costs(sliding_window) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["hmoe", *STOCK])
+@pytest.mark.parametrize("name", ["hmoe", "hmoe-qk_norm", *STOCK])
 def test_estimated_activations_are_close_to_what_autograd_keeps(name) -> None:
-    config = STOCK.get(name) or HMoEConfig(**SIZES, expert_intermediate_sizes=[48, 96])
+    config = STOCK.get(name) or HMoEConfig(
+        **SIZES, expert_intermediate_sizes=[48, 96], qk_norm=name.endswith("qk_norm")
+    )
     model = AutoModelForCausalLM.from_config(config)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
