@@ -200,7 +200,7 @@ class ModelCosts:
 def model_costs(source: Any) -> ModelCosts:
     """Counts a model, or the causal language model that a config describes; equal configs are counted once.
 
-    Parameters may be on the meta device, or empty because DeepSpeed ZeRO-3 or a mesh holds them elsewhere.
+    Parameters may be on the meta device, or left empty by DeepSpeed ZeRO-3.
 
     Raises:
         ValueError: for a config that is of no causal language model of Transformers.
