@@ -12,7 +12,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .configuration_hmoe import HMoEConfig, ParameterCounts, count_parameters
+from .configuration_hmoe import HMoEConfig
+from .costs import ParameterCounts, count_parameters
 from .lora import lora_config
 from .modeling_hmoe import (
     HMoEForCausalLM,

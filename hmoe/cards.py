@@ -17,7 +17,8 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
-from .configuration_hmoe import ParameterCounts, count_parameters, is_hmoe
+from .configuration_hmoe import is_hmoe
+from .costs import ParameterCounts, count_parameters
 from .sources import local_path
 
 

@@ -1,4 +1,4 @@
-"""HMoE configuration: its fields and their checks, and parameter counts.
+"""HMoE configuration: its fields and their checks.
 
 Everything here is arithmetic on a config; no tensor is made. Papers: HMoE (arXiv 2408.10681), MoDSE (arXiv
 2409.12210). This file travels with every saved checkpoint, so it imports only the standard library and transformers.
@@ -6,8 +6,6 @@ Everything here is arithmetic on a config; no tensor is made. Papers: HMoE (arXi
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -372,80 +370,3 @@ def _check_positive(name: str, value: int) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters of a causal language model, as [`count_parameters`] finds them.
-
-    Attributes:
-        total: all parameters; tied embeddings count once.
-        embedding: input embedding and, unless tied, the output head.
-        attention, norms, router: sums over layers (`norms` with the final one; `router` with learnable activations).
-        experts: per layer, per expert.
-        activated: parameters one token uses on average: everything but the experts, plus the experts by their load.
-        activated_min, activated_max: the least and the most that one token can use.
-    """
-
-    total: int
-    embedding: int
-    attention: int
-    norms: int
-    router: int
-    experts: list[list[int]]
-    activated: float
-    activated_min: int
-    activated_max: int
-
-    @property
-    def activated_ratio(self) -> float:
-        """Activated share of the expert parameters (HMoE Table 2)."""
-        experts = sum(map(sum, self.experts))
-        return (self.activated - (self.total - experts)) / experts
-
-
-def count_parameters(config: HMoEConfig, load: Sequence[Sequence[float]] | None = None) -> ParameterCounts:
-    """Counts the parameters of `HMoEForCausalLM(config)`, embeddings included, as the papers do.
-
-    Args:
-        load: per layer, per expert, the share of tokens that activate it (sums to the experts per token); default:
-            equal load, of `num_experts_per_tok` experts with Top-K. With Top-P the number of experts depends on the
-            data, so
-            without `load` every expert is taken as equally likely and one is activated: a lower bound.
-
-    Raises:
-        ValueError: if `load` does not have the layers and experts of the config.
-    """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    query_width = config.num_attention_heads * config.head_dim
-    key_width = config.num_key_value_heads * config.head_dim
-    attention = layers * 2 * hidden * (query_width + key_width)
-    if config.attention_bias:
-        attention += layers * (query_width + 2 * key_width + hidden)
-    norms = hidden * (2 * layers + 1) + (layers * 2 * config.head_dim if config.qk_norm else 0)
-    embedding = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    num_experts = [len(sizes) for sizes in config.layer_expert_sizes]
-    router = sum(count * hidden for count in num_experts)
-    if config.router_type == "modse":
-        router = 2 * router + sum(num_experts)
-    router += layers * sum(parameter.numel() for parameter in ACT2FN[config.hidden_act].parameters())
-
-    experts = [[3 * hidden * size for size in sizes] for sizes in config.layer_expert_sizes]
-    shared = embedding + attention + norms + router
-    per_token = 1 if config.routing == "top_p" else config.num_experts_per_tok
-    most = (config.max_experts_per_tok or max(num_experts)) if config.routing == "top_p" else per_token
-    if load is None:
-        load = [[per_token / count] * count for count in num_experts]
-    if [len(row) for row in load] != num_experts:
-        raise ValueError(f"`load` has {[len(row) for row in load]} experts per layer, the config has {num_experts}")
-    return ParameterCounts(
-        total=shared + sum(map(sum, experts)),
-        embedding=embedding,
-        attention=attention,
-        norms=norms,
-        router=router,
-        experts=experts,
-        activated=shared + sum(share * size for row, sizes in zip(load, experts) for share, size in zip(row, sizes)),
-        activated_min=shared + sum(sum(sorted(sizes)[:per_token]) for sizes in experts),
-        activated_max=shared + sum(sum(sorted(sizes)[-most:]) for sizes in experts),
-    )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,27 @@ from typing import Any
 from transformers import AutoConfig
 
 from hmoe.configuration_hmoe import HMoEConfig, is_hmoe
+from hmoe.costs import (
+    BYTES,
+    TRAIN_FACTOR,
+    TRAIN_STATE_BYTES_PER_PARAMETER,
+    ModelCosts,
+    equal_load,
+    inverse_size_load,
+    model_costs,
+)
 from hmoe.placement import describe_placement
 from hmoe.presets import PRESETS
 from hmoe.sources import load_checkpoint
 
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Weight, gradient and the two moments of AdamW; autocast keeps all of them in float32.
-TRAINING_BYTES_PER_PARAMETER = 16
-
-
 @dataclass(frozen=True)
 class Description:
-    """Sizes and costs of one model; [`describe`] makes it, [`hmoe.describe_stock.describe_stock`] for other types.
+    """Sizes and costs of one model; [`describe`] makes it.
 
     Attributes:
         layer_sizes: neurons of the experts, per layer that has some.
-        tile_size, num_tiles: neurons of a tile; tiles of a layer, per layer; None and empty for other types.
+        tile_size, num_tiles: neurons of a tile; tiles of a layer, per layer; None and empty for other types than HMoE.
         routing: `top_k`, `top_p` or `dense`.
         parameters, expert_parameters: all of them; those of experts.
         activated, activated_min, activated_max: parameters one token uses: at equal load, the least, the most.
@@ -72,14 +75,14 @@ class Description:
 
 
 def describe(
-    config: HMoEConfig,
+    config: Any,
     *,
     context: int | None = None,
     batch_size: int = 1,
     dtype: str = "bfloat16",
     experts_per_token: float | None = None,
 ) -> Description:
-    """Sizes, parameters, FLOPs and memory of `HMoEForCausalLM(config)`, by arithmetic on the config.
+    """Sizes, parameters, FLOPs and memory of the causal language model of a config, by counting.
 
     Args:
         context: tokens per sequence; default `max_position_embeddings`.
@@ -88,41 +91,61 @@ def describe(
         experts_per_token: mean number that Top-P activates; default 1, its least. Not for Top-K, which has its own.
 
     Raises:
-        ValueError: for an argument that cannot be; the message names it and the remedy.
+        ValueError: for an argument that cannot be, with the remedy, or a model whose costs are not known, with the
+            reason.
     """
-    from hmoe.configuration_hmoe import count_parameters
-
+    costs = model_costs(config)
+    if costs.not_counted:
+        raise ValueError(f"this model of type {config.model_type!r} cannot be described: {costs.not_counted}")
     context = config.max_position_embeddings if context is None else context
-    _check_arguments(config, context, batch_size, dtype, experts_per_token)
-    per_token = _experts_per_token(config, experts_per_token)
-    layer_sizes = config.layer_expert_sizes
-    counts = count_parameters(config, load=[[per_token / len(sizes)] * len(sizes) for sizes in layer_sizes])
-    inverse = count_parameters(config, load=[inverse_size_load(sizes, per_token) for sizes in layer_sizes])
-    ffn_elements = [2 * per_token * sum(sizes) / len(sizes) for sizes in layer_sizes]  # gate and up projections
-    activations = activation_elements(
-        config.hidden_size, config.vocab_size, _attention_widths(config), ffn_elements, batch_size * context
-    )
+    _check_arguments(costs, context, batch_size, dtype, experts_per_token)
+    per_token = float(experts_per_token or costs.experts_per_token or bool(costs.sizes))
+    load = equal_load(costs.sizes, per_token)
+    inverse = [inverse_size_load(sizes, per_token) for sizes in costs.sizes]
+    least, most = costs.activated_bounds()
+    activations = costs.activation_elements(batch_size * context, per_token)
+    tile = getattr(config, "expert_tile_size", None)
     return Description(
-        layer_sizes=layer_sizes,
-        tile_size=config.expert_tile_size,
-        num_tiles=[sum(sizes) // config.expert_tile_size for sizes in layer_sizes],  # type: ignore[operator]
-        routing=config.routing,
+        layer_sizes=costs.sizes,
+        tile_size=tile,
+        num_tiles=[sum(sizes) // tile for sizes in costs.sizes] if tile else [],
+        routing=costs.routing,
         experts_per_token=per_token,
-        parameters=counts.total,
-        expert_parameters=sum(map(sum, counts.experts)),
-        activated=counts.activated,
-        activated_min=counts.activated_min,
-        activated_max=counts.activated_max,
-        activated_inverse_size=inverse.activated,
-        activated_ratio=counts.activated_ratio,
-        activated_ratio_inverse_size=inverse.activated_ratio,
-        flops_per_token=_flops_per_token(config, context, per_token),
-        weight_bytes=counts.total * BYTES[dtype],
-        kv_cache_bytes=_cache_bytes(config, context, batch_size, dtype),
-        train_state_bytes=counts.total * TRAINING_BYTES_PER_PARAMETER,
+        parameters=costs.parameters,
+        expert_parameters=sum(map(sum, costs.expert_parameters)),
+        activated=costs.activated_parameters(load),
+        activated_min=least,
+        activated_max=most,
+        activated_inverse_size=costs.activated_parameters(inverse),
+        activated_ratio=costs.activated_ratio(load),
+        activated_ratio_inverse_size=costs.activated_ratio(inverse),
+        flops_per_token=costs.forward_flops().count(1, context, load),
+        weight_bytes=costs.parameters * BYTES[dtype],
+        kv_cache_bytes=costs.cache_elements(context) * batch_size * BYTES[dtype],
+        train_state_bytes=costs.parameters * TRAIN_STATE_BYTES_PER_PARAMETER,
         activation_bytes=4 * activations[0],
         activation_bytes_checkpointing=4 * activations[1],
     )
+
+
+def _check_arguments(
+    costs: ModelCosts, context: int, batch_size: int, dtype: str, experts_per_token: float | None
+) -> None:
+    if dtype not in BYTES:
+        raise ValueError(f"`dtype` must be one of {list(BYTES)}, got {dtype!r}")
+    for name, value in (("context", context), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if experts_per_token is None:
+        return
+    if costs.routing != "top_p":
+        raise ValueError(
+            f"`experts_per_token`={experts_per_token} is for Top-P routing; the routing of this model is "
+            f"{costs.routing!r} with `num_experts_per_tok`={costs.experts_per_token}: leave it out"
+        )
+    most = min(costs.max_experts_per_token, *map(len, costs.sizes))
+    if not 1 <= experts_per_token <= most:
+        raise ValueError(f"`experts_per_token` must be from 1 to {most} for this model, got {experts_per_token}")
 
 
 def homogeneous_twin(config: HMoEConfig) -> HMoEConfig:
@@ -137,112 +160,18 @@ def homogeneous_twin(config: HMoEConfig) -> HMoEConfig:
     return type(config).from_dict({**config.to_dict(), **overrides})
 
 
-def inverse_size_load(sizes: list[int], experts_per_token: float) -> list[float]:
-    """Shares of tokens proportional to 1 / size that sum to `experts_per_token`; no share above 1."""
-    load = [0.0] * len(sizes)
-    free, remaining = list(range(len(sizes))), experts_per_token
-    while free:
-        total = sum(1 / sizes[expert] for expert in free)
-        full = [expert for expert in free if remaining / sizes[expert] / total > 1]
-        for expert in full or free:
-            load[expert] = 1.0 if full else remaining / sizes[expert] / total
-        remaining -= len(full)
-        free = [expert for expert in free if expert not in full] if full else []
-    return load
-
-
-def check_sizes(context: int, batch_size: int, dtype: str) -> None:
-    """Refuses sizes below 1 and unknown dtypes with a `ValueError`."""
-    if dtype not in BYTES:
-        raise ValueError(f"`dtype` must be one of {list(BYTES)}, got {dtype!r}")
-    for name, value in (("context", context), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}")
-
-
-def _check_arguments(
-    config: HMoEConfig, context: int, batch_size: int, dtype: str, experts_per_token: float | None
-) -> None:
-    check_sizes(context, batch_size, dtype)
-    if experts_per_token is None:
-        return
-    if config.routing != "top_p":
-        raise ValueError(
-            f"`experts_per_token`={experts_per_token} is for Top-P routing; this model activates "
-            f"`num_experts_per_tok`={config.num_experts_per_tok} experts: leave it out"
-        )
-    most = config.max_experts_per_tok or min(map(len, config.layer_expert_sizes))
-    if not 1 <= experts_per_token <= most:
-        raise ValueError(f"`experts_per_token` must be from 1 to {most} for this model, got {experts_per_token}")
-
-
-def _experts_per_token(config: HMoEConfig, experts_per_token: float | None) -> float:
-    if config.routing == "top_k":
-        return float(config.num_experts_per_tok)
-    return 1.0 if experts_per_token is None else float(experts_per_token)
-
-
-def _attention_widths(config: HMoEConfig) -> tuple[int, int]:
-    head_dim: int = config.head_dim  # type: ignore[assignment]
-    return config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim  # type: ignore[operator]
-
-
-def _flops_per_token(config: HMoEConfig, context: int, per_token: float) -> float:
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    query_width, key_width = _attention_widths(config)
-    keys = context if config.sliding_window is None else min(context, config.sliding_window)
-    attention = layers * (4 * hidden * (query_width + key_width) + 4 * query_width * keys)
-    routers = (2 if config.router_type == "modse" else 1) * 2 * hidden * sum(map(len, config.layer_expert_sizes))
-    experts = sum(6 * hidden * per_token * sum(sizes) / len(sizes) for sizes in config.layer_expert_sizes)
-    return attention + routers + experts + 2 * hidden * config.vocab_size
-
-
-def _cache_bytes(config: HMoEConfig, context: int, batch_size: int, dtype: str) -> int:
-    keys = context if config.sliding_window is None else min(context, config.sliding_window)
-    return 2 * BYTES[dtype] * batch_size * keys * config.num_hidden_layers * _attention_widths(config)[1]
-
-
-def activation_elements(
-    hidden_size: int, vocab_size: int, attention_widths: tuple[int, int], ffn_elements: Sequence[float], tokens: int
-) -> tuple[int, int]:
-    """Elements kept for backward: without checkpointing, and with (each layer's input, and one layer at a time).
-
-    Args:
-        attention_widths: of queries and of keys.
-        ffn_elements: per layer, what FFN or experts keep of a token.
-    """
-    query_width, key_width = attention_widths
-    # Two norms keep input, normalised input and output; attention keeps q, k, v and its output.
-    layers = [6 * hidden_size + 2 * query_width + 2 * key_width + kept for kept in ffn_elements]
-    head = 3 * hidden_size + 2 * vocab_size
-    whole = tokens * (sum(layers) + head)
-    return round(whole), round(tokens * (len(layers) * hidden_size + max(layers) + head))
-
-
 def load_config(source: str) -> Any:
     """The config of a preset, a model folder or Hub id, a `config.json`, or a training recipe (YAML): an `HMoEConfig`,
-    or that of one of the types that [`hmoe.describe_stock`] knows.
+    or that of another model type.
 
     Raises:
-        ValueError: for a source that is none of these, or a model of a type that cannot be described.
+        ValueError: for a source that is none of these.
     """
     if source.endswith((".yaml", ".yml")):
         return _config_of_recipe(Path(source).expanduser())
     if source in PRESETS or not ("/" in source or Path(source).exists()):
         return HMoEConfig.from_preset(source)  # raises, with the nearest preset, if there is none
-    return _known_type(load_checkpoint(AutoConfig.from_pretrained, source, "config"), source)
-
-
-def _known_type(config: Any, source: str) -> Any:
-    from .describe_stock import described_types
-
-    known = ("hmoe", *described_types())
-    if config.model_type not in known:
-        raise ValueError(
-            f"{source} is a model of type {config.model_type!r}; `hmoe describe` knows {', '.join(known)}: describe "
-            "the nearest of them with its sizes"
-        )
-    return config
+    return load_checkpoint(AutoConfig.from_pretrained, source, "config")
 
 
 def _config_of_recipe(path: Path) -> Any:
@@ -258,16 +187,14 @@ def _config_of_recipe(path: Path) -> Any:
         if size is None:
             raise ValueError(f"{path}: only the tokenizer tells the vocabulary: set `model_config.vocab_size`")
         options.model_config = {**(options.model_config or {}), "vocab_size": size}  # type: ignore[dict-item]
-    return _known_type(build_config(options, None), str(path))
+    return build_config(options, None)
 
 
 def report(config: Any, **options: Any) -> dict[str, Any]:
     """The description of a model and of its homogeneous twin, as plain numbers; `twin` is None where they are one, and
     for other types than HMoE, whose experts have one size."""
     if not is_hmoe(config):
-        from .describe_stock import describe_stock
-
-        return {"model": asdict(describe_stock(config, **options)), "twin": None}
+        return {"model": asdict(describe(config, **options)), "twin": None}
     twin = homogeneous_twin(config)
     same = twin.layer_expert_sizes == config.layer_expert_sizes
     return {
@@ -298,7 +225,7 @@ def _rows(item: dict[str, Any]) -> dict[str, str]:
     assumed = " assumed" if item["routing"] == "top_p" else ""
     costs = {
         "forward FLOPs per token": _count(item["flops_per_token"]),
-        "training FLOPs per token": _count(3 * item["flops_per_token"]),
+        "training FLOPs per token": _count(TRAIN_FACTOR * item["flops_per_token"]),
         "inference: weights": _bytes(item["weight_bytes"]),
         "inference: KV cache": _bytes(item["kv_cache_bytes"]),
         "training: weights, gradients, AdamW": _bytes(item["train_state_bytes"]),
@@ -364,14 +291,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `hmoe describe ...`; returns the exit status."""
     args = _parser().parse_args(argv)
     config = load_config(args.model)
-    context = config.max_position_embeddings if args.context is None else args.context
     result = report(
         config,
-        context=context,
+        context=args.context,
         batch_size=args.batch_size,
         dtype=args.dtype,
         experts_per_token=args.experts_per_token,
     )
+    context = config.max_position_embeddings if args.context is None else args.context
     if args.num_ranks is not None and not is_hmoe(config):
         raise ValueError(f"--num_ranks is for HMoE, and this is {config.model_type!r}: see `hmoe convert`")
     placement = None if args.num_ranks is None else describe_placement(config, args.num_ranks)

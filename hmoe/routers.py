@@ -5,10 +5,12 @@ Letters in shapes: T tokens, E experts, K expert slots per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,40 +23,14 @@ class RoutedLayer:
     parameters: list[int]
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What the analyses need to know of an MoE.
+def shape_of(parameter: Tensor) -> torch.Size:
+    """Also of a parameter that DeepSpeed ZeRO-3 has left empty: it notes the shape."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
-    Attributes:
-        sizes: neurons, per layer, per expert.
-        expert_parameters: per layer, per expert.
-        parameters: all, tied ones once.
-    """
 
-    sizes: list[list[int]]
-    expert_parameters: list[list[int]]
-    parameters: int
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.sizes)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether every layer has the same experts."""
-        return all(sizes == self.sizes[0] for sizes in self.sizes)
-
-    def activated_parameters(self, load: list[list[float]]) -> float:
-        """Parameters a token uses on average, both embeddings included; `load`: shares of tokens per layer, expert."""
-        experts = self.expert_parameters
-        used = sum(x * n for row, counts in zip(load, experts) for x, n in zip(row, counts))
-        return self.parameters - sum(map(sum, experts)) + used
-
-    def activated_ratio(self, load: list[list[float]]) -> float:
-        """Activated share of the expert parameters (HMoE Table 2)."""
-        experts = self.expert_parameters
-        used = sum(x * n for row, counts in zip(load, experts) for x, n in zip(row, counts))
-        return used / sum(map(sum, experts))
+def text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def routed_layers(model: nn.Module) -> list[RoutedLayer]:
@@ -62,50 +38,28 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
 
     A layer is a module with `gate` and `experts` whose experts lie in one bank of three-dimensional parameters.
     """
-    config = _text_config(model)
-    layer_sizes = getattr(config, "layer_expert_sizes", None)
+    layer_sizes = getattr(text_config(model), "layer_expert_sizes", None)
     layers: list[RoutedLayer] = []
     for module in model.modules():
         router, experts = getattr(module, "gate", None), getattr(module, "experts", None)
         if not isinstance(router, nn.Module) or not isinstance(experts, nn.Module):
             continue
+        named = {name: shape_of(p) for name, p in experts.named_parameters() if "lora_" not in name}
         # A learnable activation has parameters too, which belong to no expert.
-        banks = [p for name, p in experts.named_parameters() if p.dim() >= 2 and "lora_" not in name]
-        if not any(bank.dim() == 3 for bank in banks):
+        banks = {name: shape for name, shape in named.items() if len(shape) >= 2}
+        if not any(len(shape) == 3 and "down_proj" in name for name, shape in banks.items()):
             continue
-        sizes = layer_sizes[len(layers)] if layer_sizes else _bank_sizes(experts)
-        total = sum(bank.numel() for bank in banks)
-        layers.append(RoutedLayer(router, list(sizes), [total * size // sum(sizes) for size in sizes]))
+        row_size, row = _row_size(banks), sum(math.prod(shape[1:]) for shape in banks.values())
+        num_rows = next(iter(banks.values()))[0]
+        sizes = list(layer_sizes[len(layers)]) if layer_sizes else [row_size] * num_rows
+        layers.append(RoutedLayer(router, sizes, [row * size // row_size for size in sizes]))
     return layers
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _bank_sizes(experts: nn.Module) -> list[int]:
-    down = next(p for name, p in experts.named_parameters() if "down_proj" in name and "lora_" not in name)
-    hidden = next(p for name, p in experts.named_parameters() if "up_proj" in name and "lora_" not in name).shape[-1]
-    return [down.numel() // down.shape[0] // hidden] * down.shape[0]
-
-
-def architecture(model: nn.Module) -> Architecture:
-    """Sizes and parameters of an MoE.
-
-    Raises:
-        ValueError: if the model has no MoE layer.
-    """
-    layers = routed_layers(model)
-    if not layers:
-        config = _text_config(model)
-        raise ValueError(
-            f"{getattr(config, '_name_or_path', '') or type(model).__name__} (model type "
-            f"{config.model_type!r}) is not a mixture of experts: no layer has a router `gate` beside a bank of "
-            "`experts`. Give an HMoE, Mixtral, Qwen-MoE or OLMoE model; a dense model can be the baseline"
-        )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Architecture([layer.sizes for layer in layers], [layer.parameters for layer in layers], parameters)
+def _row_size(banks: dict[str, torch.Size]) -> int:
+    """Neurons in a row of a bank: of an expert, or of a tile of one."""
+    hidden = next(shape for name, shape in banks.items() if "up_proj" in name)[-1]
+    return math.prod(next(shape for name, shape in banks.items() if "down_proj" in name)[1:]) // hidden
 
 
 class RouterTap:

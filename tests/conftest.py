@@ -19,7 +19,33 @@ _CACHES = tempfile.TemporaryDirectory(prefix="hmoe-tests-")
 for _name in ("DATASETS", "HUB", "MODULES"):
     os.environ[f"HF_{_name}_CACHE"] = os.path.join(_CACHES.name, _name.lower())
 
-from hmoe import HMoEConfig  # noqa: E402
+from hmoe import PRESETS, HMoEConfig  # noqa: E402
+
+
+ODD_CONFIGS = {
+    "sizes-by-layer": {"expert_intermediate_sizes": [[8, 16], [12, 20, 28]]},
+    "grouped-query": {"num_key_value_heads": 1},
+    "head-dim": {"head_dim": 6},
+    "qk-norm": {"qk_norm": True},
+    "attention-bias": {"attention_bias": True, "head_dim": 10},
+    "tied": {"tie_word_embeddings": True},
+    "modse": {"router_type": "modse"},
+    "modse-sizes-by-layer": {"router_type": "modse", "expert_intermediate_sizes": [[8, 16], [8, 8, 24]]},
+    "learned-activation": {"hidden_act": "prelu"},
+    "small-tiles": {"expert_tile_size": 2},
+    "top-p-capped": {"routing": "top_p", "max_experts_per_tok": 2},
+    "one-expert": {"expert_intermediate_sizes": [24], "num_experts_per_tok": 1},
+    "all-at-once": {
+        "expert_intermediate_sizes": [[6, 9], [3, 3, 12]],
+        "num_key_value_heads": 4,
+        "head_dim": 10,
+        "qk_norm": True,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "router_type": "modse",
+        "hidden_act": "prelu",
+    },
+}
 
 
 # The same examples on every run, and no time limit on any of them: CI machines are shared and slow.
@@ -60,3 +86,11 @@ def tiny_config() -> Callable[..., HMoEConfig]:
         return HMoEConfig(**{**fields, **overrides})
 
     return make
+
+
+@pytest.fixture(params=[*PRESETS, *ODD_CONFIGS])
+def any_config(request, tiny_config) -> HMoEConfig:
+    """The config of every preset, and tiny ones with every field that changes the parameters."""
+    if request.param in PRESETS:
+        return HMoEConfig.from_preset(request.param)
+    return tiny_config(**ODD_CONFIGS[request.param])

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..configuration_hmoe import HMoEConfig
+from ..costs import count_parameters
 from ..sizes import expert_sizes, find_strategy
 from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .calibration import calibration_tokens, run_layers

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..configuration_hmoe import HMoEConfig
+from ..costs import count_parameters
 from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .checkpoint import CheckpointReader
 from .families import MOE_FAMILIES, CannotConvert, attention_names, model_names

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..configuration_hmoe import HMoEConfig
+from ..costs import count_parameters
 from ..placement import best_method, place_layers, reorder_config
 from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .checkpoint import CheckpointReader

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..configuration_hmoe import HMoEConfig, count_parameters
+from ..configuration_hmoe import HMoEConfig
+from ..costs import count_parameters
 from ..routing_hmoe import router_parameter_names
 from ..sizes import expert_sizes
 from .base import Conversion, Options, Plan, SourceCheckpoint, execute

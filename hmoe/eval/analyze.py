@@ -160,8 +160,9 @@ def _check_tokenizers(
 def _run(
     source: Source, rows: Callable[[], Iterator[list[int]]], settings: Settings, *, wants: Sequence[str]
 ) -> ModelRun:
+    from hmoe.costs import moe_costs
     from hmoe.metrics import held_out_metrics
-    from hmoe.routers import architecture, routed_layers
+    from hmoe.routers import routed_layers
 
     from .observe import batches, observe
     from .stability import RouteSample
@@ -169,7 +170,7 @@ def _run(
     from .tokens import TokenLosses, TokenRoutes
 
     network = settings.loader.network(source)
-    shape = architecture(network) if wants or routed_layers(network) else None
+    shape = moe_costs(network) if wants or routed_layers(network) else None
     vocab_size = network.config.get_text_config().vocab_size
     scores, losses = held_out_metrics(), TokenLosses(vocab_size)
     routing = RoutingStatistics(shape) if shape else None

@@ -13,7 +13,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from hmoe.routers import RouterTap, architecture, routed_layers
+from hmoe.costs import moe_costs
+from hmoe.routers import RouterTap, routed_layers
 
 
 @register_model("hmoe")
@@ -88,7 +89,7 @@ class RoutingHFLM(HFLM):
         """Activated parameters over all tasks and by task; None for a dense model, and if every answer was cached."""
         if not self._counts:
             return None
-        model = architecture(self._model)
+        model = moe_costs(self._model)
 
         def summary(tasks: list[str]) -> dict[str, float]:
             tokens = sum(self._tokens[task] for task in tasks)

@@ -38,7 +38,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One checkpoint; parameters as [`hmoe.configuration_hmoe.count_parameters`] counts them.
+    """One checkpoint; parameters as [`hmoe.count_parameters`] counts them.
 
     Attributes:
         average: unweighted mean of the scores that can be averaged; its standard error takes tasks as independent.

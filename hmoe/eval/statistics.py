@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmoe.routers import Architecture
+from hmoe.costs import ModelCosts
 
 from .observe import Observation
 
@@ -77,7 +77,7 @@ def activated(index: Tensor, num_experts: int) -> Tensor:
 class RoutingStatistics:
     """[`LayerStatistics`] of every layer of one model."""
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, architecture: ModelCosts):
         self.architecture = architecture
         self.layers = [LayerStatistics(len(sizes)) for sizes in architecture.sizes]
 

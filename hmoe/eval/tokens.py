@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmoe.routers import Architecture
+from hmoe.costs import ModelCosts
 
 from .observe import Observation
 
@@ -72,7 +72,7 @@ class TokenRoutes:
             for the position that predicts the token, then for the position that reads it.
     """
 
-    def __init__(self, architecture: Architecture, vocab_size: int, max_entries: int = MAX_TABLE_ENTRIES):
+    def __init__(self, architecture: ModelCosts, vocab_size: int, max_entries: int = MAX_TABLE_ENTRIES):
         self.sizes = architecture.sizes
         self.layers = _kept_layers([len(sizes) for sizes in self.sizes], vocab_size, max_entries)
         self.occurrences = torch.zeros(vocab_size, dtype=torch.long)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmoe.configuration_hmoe import count_parameters, is_hmoe
-from hmoe.costs import TRAIN_FACTOR, ForwardFlops
+from hmoe.configuration_hmoe import is_hmoe
+from hmoe.costs import TRAIN_FACTOR, ForwardFlops, model_costs
 from hmoe.routing_hmoe import ROUTER_LOSSES
 
 
@@ -240,9 +240,9 @@ def summarise(window: RouterWindow, config: Any, detail: str = "brief") -> dict[
     entries["load_imbalance"] = _mean([layer["load_imbalance"] for layer in layers])
     entries["dead_experts"] = sum(layer["dead_experts"] for layer in layers)
     if is_hmoe(config):
-        parameters = count_parameters(config, load=load)
-        entries["activated_parameters"] = parameters.activated
-        entries["activated_ratio"] = parameters.activated_ratio
+        costs = model_costs(config)
+        entries["activated_parameters"] = costs.activated_parameters(load)
+        entries["activated_ratio"] = costs.activated_ratio(load)
     for number, layer in enumerate(layers if detail == "per_layer" else []):
         if is_hmoe(config):
             sizes = config.layer_expert_sizes[number]

@@ -3,14 +3,31 @@
 import torch
 from torch import Tensor
 
+from hmoe import HMoEConfig
+from hmoe.costs import ModelCosts, model_costs
 from hmoe.eval.observe import Observation
-from hmoe.routers import Architecture
 from hmoe.routing_hmoe import route_top_k, route_top_p
 
 
 VOCABULARY = 20
 SIZES = [[8, 32, 16, 24], [40, 8, 16]]
-ARCHITECTURE = Architecture(SIZES, [[10 * size for size in row] for row in SIZES], parameters=5000)
+NEURON = 3 * 4  # parameters: gate, up and down, for each of the hidden size
+
+
+def costs_of(sizes: list[list[int]]) -> ModelCosts:
+    """Of a model with experts of these sizes, per layer."""
+    return model_costs(
+        HMoEConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=4,
+            num_attention_heads=2,
+            num_hidden_layers=len(sizes),
+            expert_intermediate_sizes=sizes,
+        )
+    )
+
+
+ARCHITECTURE = costs_of(SIZES)
 
 
 def random_observation(routing: str, rows: int = 3, length: int = 12, seed: int = 0) -> Observation:

@@ -10,9 +10,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import hmoe_cli
+from hmoe.costs import moe_costs
 from hmoe.eval.harness import SUITES_FOLDER, _names, main
 from hmoe.eval.scores import PREFERRED_METRICS, read_evaluation
-from hmoe.routers import architecture
 
 
 DOCUMENTS = [
@@ -76,7 +76,7 @@ def literal_ratio(folder: str, tokenizer) -> float:
     """Activated share of the expert parameters over every option of every item, one text at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     model.config.output_router_logits = True
-    described = architecture(model)
+    described = moe_costs(model)
     used = tokens = 0
     for document in DOCUMENTS:
         for answer in document["answers"]:

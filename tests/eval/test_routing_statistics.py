@@ -6,12 +6,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hmoe
+from hmoe.costs import moe_costs
 from hmoe.eval.observe import observe
 from hmoe.eval.statistics import RoutingStatistics, balance, load_by_size, max_over_min
 from hmoe.eval.tokens import TokenRoutes
-from hmoe.routers import Architecture, architecture
 
-from .observations import ARCHITECTURE, SIZES, VOCABULARY, chosen_experts, random_observation, tokens_of
+from .observations import (
+    ARCHITECTURE,
+    NEURON,
+    SIZES,
+    VOCABULARY,
+    chosen_experts,
+    costs_of,
+    random_observation,
+    tokens_of,
+)
 
 
 @pytest.mark.parametrize("routing", ["top_k", "top_p"])
@@ -46,7 +55,7 @@ def test_every_statistic_of_a_layer_equals_a_loop_over_its_tokens(routing):
         assert layer["activation_share"] == pytest.approx([count / sum(counts) for count in counts])
         assert layer["experts_per_token"] == pytest.approx(sum(counts) / tokens)
         assert layer["mean_activated_size"] == pytest.approx(width / sum(counts))
-        assert layer["activated_parameters"] == pytest.approx(10 * width / tokens)
+        assert layer["activated_parameters"] == pytest.approx(NEURON * width / tokens)
         assert layer["activated_ratio"] == pytest.approx(width / tokens / sum(sizes))
         assert layer["router_entropy"] == pytest.approx(entropy / tokens, rel=1e-5)
         assert layer["router_confidence"] == pytest.approx(confidence / tokens, rel=1e-5)
@@ -88,7 +97,7 @@ def test_padded_batches_of_a_real_model_count_as_its_unpadded_rows(name, model_f
     for number, row in enumerate(rows):
         places = slice(14 - len(row), 14) if number == 0 else slice(0, len(row))  # left padding in the first row
         ids[number, places], mask[number, places] = row, 1
-    shape = architecture(model)
+    shape = moe_costs(model)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     statistics, losses = RoutingStatistics(shape), []
     for observation in observe(model, [{"input_ids": ids, "attention_mask": mask}]):
@@ -118,7 +127,7 @@ def test_activated_parameters_are_those_of_the_config(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder("top_p"))
     load = [[0.5, 0.25, 1.0, 0.125], [0.75, 0.5, 0.25]]
     counted = hmoe.count_parameters(model.config, load=load)
-    shape = architecture(model)
+    shape = moe_costs(model)
     assert shape.sizes == model.config.layer_expert_sizes
     assert shape.expert_parameters == counted.experts
     assert shape.activated_parameters(load) == pytest.approx(counted.activated)
@@ -128,7 +137,7 @@ def test_activated_parameters_are_those_of_the_config(model_folder):
 def test_a_dense_model_is_refused_by_name(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
     with pytest.raises(ValueError, match=r"'llama'.*not a mixture of experts.*baseline"):
-        architecture(model)
+        moe_costs(model)
 
 
 def test_balance_of_even_skewed_and_dead_experts():
@@ -168,6 +177,6 @@ def test_memory_does_not_grow_with_the_text_and_large_tables_keep_fewer_layers()
         statistics.update(observation)
         sizes.append(size())
     assert len(set(sizes)) == 1
-    deep = Architecture([[8, 8]] * 9, [[1, 1]] * 9, 100)
+    deep = costs_of([[8, 8]] * 9)
     kept = TokenRoutes(deep, VOCABULARY, max_entries=3 * 2 * VOCABULARY * 2)
     assert kept.layers == [0, 4, 8]
