@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM
 
 import hmoe
 from hmoe.eval.observe import observe
-from hmoe.eval.statistics import RoutingStatistics, balance, load_by_size, max_over_min
+from hmoe.eval.statistics import RoutingStatistics, load_by_size
 from hmoe.eval.tokens import TokenRoutes
-from hmoe.routers import Architecture, architecture
+from hmoe.routers import Architecture, architecture, balance, max_over_min
 
 from .observations import ARCHITECTURE, SIZES, VOCABULARY, chosen_experts, random_observation, tokens_of
 
