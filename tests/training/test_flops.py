@@ -1,11 +1,14 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hmoe import HMoEConfig, HMoEForCausalLM, count_parameters
-from hmoe.costs import FlopsMeter, forward_flops
+from hmoe.costs import forward_flops
+from hmoe.training.arguments import HMoETrainingArguments
 from hmoe.training.budget import BudgetCallback, steps_for_budget
+from hmoe.training.router_log import RouterMetrics, RouterWindow
+from hmoe.training.trainer import HMoETrainer
 
 
 SMALL = {
@@ -53,32 +56,33 @@ MODELS = {
 }
 
 
+def counted(model, ids) -> RouterWindow:
+    """What the trainer counts of one forward pass in training."""
+    metrics = RouterMetrics(forward_flops(model))
+    options = {"output_router_logits": True} if model.config.model_type == "hmoe" else {}
+    metrics.update(model.train()(input_ids=ids, use_cache=False, **options), {"input_ids": ids}, model.config)
+    return metrics.collect(lambda tensor: tensor)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_counted_flops_equal_a_literal_count_of_the_products(name):
     model = MODELS[name]()
     ids = torch.randint(0, 64, (3, LENGTH))
-    meter = FlopsMeter(model)
-    model.train()
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    tokens, flops = meter.take().tolist()
-    assert tokens == ids.numel()
-    assert flops == 3 * literal_flops(model.eval(), ids)
+    window = counted(model, ids)
+    assert window.padded_tokens == window.tokens == ids.numel()
+    assert window.flops == 3 * literal_flops(model.eval(), ids)
 
 
+@pytest.mark.parametrize("router_metrics", ["brief", "off"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputation_and_evaluation_do_not_count(reentrant):
-    model, ids = hmoe(), torch.randint(0, 64, (2, LENGTH))
-    meter = FlopsMeter(model)
-    model.train()
-    model(input_ids=ids, labels=ids).loss.backward()
-    plain = meter.take().tolist()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert meter.take().tolist() == plain
-    model.eval()
-    model(input_ids=ids)
-    assert meter.take().tolist() == [0, 0]
+def test_recomputation_and_evaluation_do_not_count(reentrant, router_metrics, tmp_path):
+    settings = {"max_steps": 2, "max_train_flops": 1e18, "router_metrics": router_metrics}
+    plain = train(tmp_path / "plain", hmoe(), **settings)
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1}
+    again = train(tmp_path / "again", hmoe(), **settings, **checkpointing, **evaluation)
+    assert budget_of(again).flops == budget_of(plain).flops > 0
+    assert budget_of(again).tokens == budget_of(plain).tokens == 2 * 2 * LENGTH
 
 
 def test_6nd_counts_six_times_the_activated_parameters():
@@ -119,37 +123,45 @@ def rows(number: int) -> list[dict]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def train(tmp_path, budget: BudgetCallback, model, *, resume=None, **settings) -> Trainer:
-    args = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True, **settings
+def train(tmp_path, model, *, resume=None, **settings) -> HMoETrainer:
+    fields = {"save_strategy": "no", **settings}
+    args = HMoETrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True, **fields
     )
-    trainer = Trainer(model, args, train_dataset=rows(64), callbacks=[budget])
+    trainer = HMoETrainer(model, args, train_dataset=rows(64), eval_dataset=rows(2))
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def test_a_run_stops_at_the_first_step_that_reaches_the_flops_budget(tmp_path):
-    free = BudgetCallback(model := hmoe())
-    train(tmp_path / "free", free, model, max_steps=4, save_strategy="no")
-    budget = BudgetCallback(model := hmoe(), max_flops=free.flops)
-    trainer = train(tmp_path / "budget", budget, model, max_steps=20, save_strategy="no")
+def budget_of(trainer: HMoETrainer) -> BudgetCallback:
+    (budget,) = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, BudgetCallback)]
+    return budget
+
+
+@pytest.mark.parametrize("router_metrics", ["brief", "off"])
+def test_a_run_stops_at_the_first_step_that_reaches_the_flops_budget(router_metrics, tmp_path):
+    free = train(tmp_path / "free", hmoe(), max_steps=4)
+    spent = free.state.total_flos
+    settings = {"max_steps": 20, "router_metrics": router_metrics}
+    trainer = train(tmp_path / "budget", hmoe(), max_train_flops=spent, **settings)
     assert trainer.state.global_step == 4
-    assert budget.flops == free.flops
+    assert budget_of(trainer).flops == spent
+    trainer = train(tmp_path / "more", hmoe(), max_train_flops=spent + 1, **settings)
+    assert trainer.state.global_step == 5
 
 
-def test_a_resumed_run_goes_on_counting(tmp_path):
-    whole = BudgetCallback(model := hmoe(), max_flops=1e18)
-    train(tmp_path / "whole", whole, model, max_steps=6, save_strategy="steps", save_steps=3)
-    resumed = BudgetCallback(model := hmoe(), max_flops=1e18)
-    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
-    train(tmp_path / "resumed", resumed, model, resume=checkpoint, max_steps=6, save_strategy="no")
-    assert (resumed.tokens, resumed.flops) == (whole.tokens, whole.flops)
-    assert whole.tokens == 6 * 2 * LENGTH
+def test_the_budget_and_the_log_count_the_same_flops_and_a_resumed_run_goes_on_counting(tmp_path):
+    settings = {"max_steps": 6, "max_train_flops": 1e18}
+    whole = train(tmp_path / "whole", hmoe(), save_strategy="steps", save_steps=3, **settings)
+    resumed = train(tmp_path / "resumed", hmoe(), resume=str(tmp_path / "whole" / "checkpoint-3"), **settings)
+    counts = [(budget_of(trainer).tokens, budget_of(trainer).flops) for trainer in (whole, resumed)]
+    assert counts[0] == counts[1] == (6 * 2 * LENGTH, whole.state.total_flos)
+    assert resumed.state.total_flos == whole.state.total_flos
 
 
 def test_a_token_budget_stops_and_saves(tmp_path):
-    budget = BudgetCallback(model := hmoe(), max_tokens=5 * 2 * LENGTH - 1)
-    trainer = train(tmp_path, budget, model, max_steps=20, save_strategy="steps", save_steps=100)
+    settings = {"max_steps": 20, "save_strategy": "steps", "save_steps": 100}
+    trainer = train(tmp_path, hmoe(), max_train_tokens=5 * 2 * LENGTH - 1, **settings)
     assert trainer.state.global_step == 5
     assert (tmp_path / "checkpoint-5").is_dir()
 
