@@ -89,12 +89,12 @@ def read_documents(paths: Iterable[str | Path], chunk_characters: int = 1 << 20)
                 while lines := file.readlines(chunk_characters):
                     yield "".join(lines)
                 continue
-            for number, line in enumerate(file, start=1):
+            for line_number, line in enumerate(file, start=1):
                 document = json.loads(line) if line.strip() else None
                 if document is None:
                     continue
                 if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-                    raise ValueError(f"{path}, line {number}: no field `text`, only {line.strip()[:80]!r}")
+                    raise ValueError(f"{path}, line {line_number}: no field `text`, only {line.strip()[:80]!r}")
                 yield document["text"]
 
 

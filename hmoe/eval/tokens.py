@@ -172,7 +172,7 @@ def _correlation(moments: Sequence[float]) -> float | None:
     return (xy / n - x * y / n**2) / (variance_x * variance_y) ** 0.5
 
 
-def top_tokens(routes: TokenRoutes, number: int = 10, min_count: int = 10) -> list[dict[str, Any]]:
+def top_tokens(routes: TokenRoutes, num_tokens: int = 10, min_count: int = 10) -> list[dict[str, Any]]:
     """For each expert size, the token types with the largest activation share (HMoE Table 3; the ratio of Fig. 10).
 
     The share of a type is how many of its activations, over all kept layers, go to experts of this size.
@@ -185,7 +185,7 @@ def top_tokens(routes: TokenRoutes, number: int = 10, min_count: int = 10) -> li
     share[routes.occurrences < min_count] = -1.0
     rows = []
     for column, size in enumerate(sizes):
-        values, ids = share[:, column].topk(min(number, len(share)))
+        values, ids = share[:, column].topk(min(num_tokens, len(share)))
         kept = values > 0
         rows.append({"size": size, "ids": ids[kept].tolist(), "shares": values[kept].tolist()})
     return rows
