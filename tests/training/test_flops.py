@@ -166,6 +166,13 @@ def test_a_token_budget_stops_and_saves(tmp_path):
     assert (tmp_path / "checkpoint-5").is_dir()
 
 
+def test_a_budget_counts_batches_whose_labels_the_trainer_took_out(tmp_path):
+    """`Trainer` computes the smoothed loss of a stock model itself."""
+    settings = {"max_steps": 20, "label_smoothing_factor": 0.1}
+    trainer = train(tmp_path, MODELS["llama"](), max_train_tokens=5 * 2 * LENGTH, **settings)
+    assert trainer.state.global_step == 5
+
+
 def test_planned_steps_cover_the_budget():
     flops = forward_flops(hmoe())
     plan = {"max_steps": -1, "max_tokens": None, "max_flops": None, "tokens_per_step": 32, "length": LENGTH}
