@@ -30,7 +30,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hmoe.routers import RoutedLayer, routed_layers, shape_of, text_config
@@ -443,63 +443,3 @@ def count_parameters(config: Any, load: Load | None = None) -> ParameterCounts:
         activated_min=fewest,
         activated_max=most,
     )
-
-
-class FlopsMeter:
-    """Counts the tokens and training FLOPs of a model while it trains, with forward hooks; evaluation does not count.
-
-    Nothing waits for the device. Counts are those of this process.
-    """
-
-    def __init__(self, model: nn.Module, convention: str = "matmul"):
-        self.flops = forward_flops(model, convention)
-        self._tokens = 0
-        self._shared = 0
-        self._experts: Tensor | None = None
-        self._handles = [model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)]
-        if self.flops.depends_on_load:
-            gates = [module for name, module in model.named_modules() if name.endswith(".mlp.gate")]
-            for gate, row in zip(gates, self.flops.per_expert, strict=True):
-                self._handles.append(gate.register_forward_hook(_ExpertCounter(self, row)))
-
-    def _count_tokens(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not module.training:
-            return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        shape = kwargs["inputs_embeds"].shape if ids is None else ids.shape
-        num_tokens, length = shape[0] * shape[1], shape[1]
-        self._tokens += num_tokens
-        self._shared += self.flops.shared(num_tokens, length)
-        if self.flops.per_expert and not self.flops.depends_on_load:
-            self._shared += round(self.flops.count(num_tokens, length)) - self.flops.shared(num_tokens, length)
-
-    def add_experts(self, flops: Tensor) -> None:
-        self._experts = flops if self._experts is None else self._experts + flops
-
-    def take(self, device: torch.device | str = "cpu") -> Tensor:
-        """[tokens, training FLOPs] since the last call, int64, on `device`."""
-        taken = torch.tensor([self._tokens, TRAIN_FACTOR * self._shared], device=device)
-        if self._experts is not None:
-            taken[1] += TRAIN_FACTOR * self._experts.to(device)
-        self._tokens, self._shared, self._experts = 0, 0, None
-        return taken
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-class _ExpertCounter:
-    """Forward hook of one router: adds the FLOPs of the experts it activates."""
-
-    def __init__(self, meter: FlopsMeter, flops: Sequence[int]):
-        self.meter = meter
-        self.table = torch.tensor([*flops, 0])  # the last id marks an unused Top-P slot
-
-    def __call__(self, module: nn.Module, args: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        # Gradient checkpointing runs the forward pass again inside backward.
-        if not module.training or torch._C._current_graph_task_id() != -1:
-            return
-        index = output[2]  # [T, K]
-        self.table = self.table.to(index.device)
-        self.meter.add_experts(self.table[index].sum())

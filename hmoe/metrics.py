@@ -19,7 +19,6 @@ Letters in shapes: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import evaluate
@@ -33,38 +32,36 @@ from torch import Tensor
 IGNORED_LABEL = -100
 _INPUTS = """
 Args:
-    {inputs}
+    predictions, losses: what the metric takes of each token, as arrays, tensors or lists of any shape.
     references: ids of the true tokens, of the same shape; -100 where nothing is predicted.
-
-Arrays, tensors and lists of any shape are taken, a batch or a whole text at once. A batch is stored as one row of two
-sums; `len(metric)` is the number of batches.
-
-Returns:
-    {returns}
 """
 
 
-class _SumsOfTokens(evaluate.Metric):
-    """A metric that is a ratio of sums over tokens, and so keeps one row per batch: a sum and the number of tokens.
+class _TokenMean(evaluate.Metric):
+    """Mean over the tokens whose label is not -100; of each batch only a sum and the number of these tokens are kept.
 
-    Everything else is `evaluate.Metric`: `add`, `add_batch`, `compute`, `evaluate.combine`, and several processes with
-    `num_process`, `process_id`, `experiment_id` and a shared `cache_dir`. One process keeps its rows in memory unless
-    `keep_in_memory=False`, and then touches no cache folder.
+    Everything else is `evaluate.Metric`, with several processes too. One process keeps its rows in memory unless
+    `keep_in_memory=False`, and then needs no cache folder. `len(metric)` is the number of batches. A metric gives the
+    `_score` of each token and the `_result` of their mean.
     """
 
-    _numerator: Callable[[np.ndarray, np.ndarray], float]  # of the values and labels of the tokens that count
+    _values: str  # name of the input beside `references`
 
-    def __init__(
-        self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **kwargs: Any
-    ):
-        keep_in_memory = num_process == 1 if keep_in_memory is None else keep_in_memory
-        super().__init__(config_name, keep_in_memory=keep_in_memory, num_process=num_process, **kwargs)
+    def __init__(self, config_name: str | None = None, **options: Any):
+        options.setdefault("keep_in_memory", options.get("num_process", 1) == 1)
+        super().__init__(config_name, **options)
 
     def _build_data_dir(self) -> str:
         return self._data_dir_root if self.keep_in_memory else super()._build_data_dir()
 
+    def _info(self) -> evaluate.MetricInfo:
+        features = Features({self._values: Value("float64"), "references": Value("float64")})
+        return evaluate.MetricInfo(
+            description=self.__doc__, citation="", inputs_description=_INPUTS, features=features, format="numpy"
+        )
+
     def add(self, **token: Any) -> None:
-        """Adds one token, or one sequence: [`add_batch`] with singular names."""
+        """Adds one token, or one sequence: `add_batch` with singular names."""
         plural = {"prediction": "predictions", "reference": "references", "loss": "losses"}
         self.add_batch(**{plural.get(name, name): [value] for name, value in token.items()})
 
@@ -74,20 +71,16 @@ class _SumsOfTokens(evaluate.Metric):
         Raises:
             ValueError: if an input is missing or unknown, or the shapes differ.
         """
-        wanted = self._feature_names()
-        given = {name: values for name, values in batch.items() if values is not None}
-        if set(given) != set(wanted):
-            raise ValueError(f"`{self.name}` takes the inputs {wanted}, got {sorted(given)}")
-        arrays = {name: _array(values) for name, values in given.items()}
-        shapes = {name: array.shape for name, array in arrays.items()}
-        if len(set(shapes.values())) > 1:
+        given = {name: _tensor(values) for name, values in batch.items() if values is not None}
+        if set(given) != set(self._feature_names()):
+            raise ValueError(f"`{self.name}` takes the inputs {self._feature_names()}, got {sorted(given)}")
+        values, references = given[self._values], given["references"]
+        if values.shape != references.shape:
+            shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
             raise ValueError(f"the inputs of `{self.name}` must have one shape, got {shapes}")
-        known = arrays.pop("references")
-        (values,) = arrays.values()
-        counted = known != IGNORED_LABEL
-        total = self._numerator(values[counted], known[counted])
-        row = dict(zip(wanted, (total, float(np.count_nonzero(counted)))))
-        super().add_batch(**{name: [value] for name, value in row.items()})
+        known = references != IGNORED_LABEL
+        total = self._score(values[known], references[known]).sum(dtype=torch.float64)
+        super().add_batch(**{self._values: [total.item()], "references": [float(known.sum())]})
 
     def compute(self, **inputs: Any) -> dict[str, float] | None:
         """The metric of all tokens added since the last call, and of `inputs`; None on processes after the first.
@@ -95,87 +88,52 @@ class _SumsOfTokens(evaluate.Metric):
         Raises:
             ValueError: if nothing was added.
         """
-        if not len(self) and all(inputs.get(name) is None for name in self._feature_names()):
+        ours = {name: inputs[name] for name in self._feature_names() if inputs.get(name) is not None}
+        if not len(self) and not ours:
             raise ValueError(f"`{self.name}` has nothing to compute: give it tokens with `add_batch` first")
-        ours = {name: values for name, values in inputs.items() if name in self._feature_names()}
         return super().compute(**ours)
 
-
-def _array(values: Any) -> np.ndarray:
-    if not torch.is_tensor(values):
-        return np.asarray(values)
-    values = values.detach().cpu()
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
+    def _compute(self, *, references: np.ndarray, **sums: np.ndarray) -> dict[str, float]:
+        count = float(references.sum())
+        return self._result(float(sums[self._values].sum()) / count if count else math.nan)
 
 
-def _mean(totals: Any, counts: Any) -> float:
-    """Sum over sum; NaN if no token counted."""
-    number = float(np.sum(counts))
-    return float(np.sum(totals)) / number if number else math.nan
+def _tensor(values: Any) -> Tensor:
+    # By way of NumPy, where a list of floats keeps its precision.
+    return values.detach().cpu() if torch.is_tensor(values) else torch.as_tensor(np.asarray(values))
 
 
-def _number_right(predictions: np.ndarray, references: np.ndarray) -> float:
-    return float(np.count_nonzero(predictions == references))
+class NextTokenAccuracy(_TokenMean):
+    """Share of the predicted tokens whose most probable token, given those before it, is the true one.
 
-
-def _total_loss(losses: np.ndarray, references: np.ndarray) -> float:
-    return float(losses.sum(dtype=np.float64))
-
-
-class NextTokenAccuracy(_SumsOfTokens):
-    """Share of the predicted tokens whose most probable token is the true one.
-
-    `compute(predictions=..., references=...)` gives `{"accuracy": share}`; labels of -100 do not count.
+    `compute(predictions=..., references=...)`, ids of tokens, gives `{"accuracy": share}`; NaN if no token counts.
     """
 
-    _numerator = staticmethod(_number_right)
+    _values = "predictions"
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of tokens that a language model predicts rightly: the most probable token, given those "
-            "before it, is the true one. Micro-averaged over all tokens whose label is not -100.",
-            citation="",
-            inputs_description=_INPUTS.format(
-                inputs="predictions: ids of the most probable tokens, each beside the token that it predicts.",
-                returns="accuracy: from 0 to 1; NaN if no token counts.",
-            ),
-            features=Features({"predictions": Value("float64"), "references": Value("float64")}),
-            format="numpy",
-        )
+    def _score(self, predictions: Tensor, references: Tensor) -> Tensor:
+        return predictions == references
 
-    def _compute(self, *, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        return {"accuracy": _mean(predictions, references)}
+    def _result(self, mean: float) -> dict[str, float]:
+        return {"accuracy": mean}
 
 
-class Perplexity(_SumsOfTokens):
-    """Exponential of the mean cross-entropy of a predicted token.
+class Perplexity(_TokenMean):
+    """Exponential of the mean cross-entropy of a token given those before it (Jelinek et al. 1977).
 
-    `compute(losses=..., references=...)` gives `{"perplexity": ..., "loss": nats per token}`; labels of -100 do not
-    count. Unlike the metric of that name on the Hub it takes losses, not texts and the name of a model.
+    `compute(losses=..., references=...)`, cross-entropies in nats and ids, gives `{"perplexity": ..., "loss": nats per
+    token}`; NaN if no token counts, infinite above the largest float. Comparable only between models that share a
+    tokenizer and read the text in the same windows. The metric of that name on the Hub takes texts and the name of a
+    model instead.
     """
 
-    _numerator = staticmethod(_total_loss)
+    _values = "losses"
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Exponential of the mean cross-entropy, in nats, of the tokens of a text given those before "
-            "them. Micro-averaged over all tokens whose label is not -100. Comparable only between models that share "
-            "a tokenizer and read the text in the same windows.",
-            citation="@article{jelinek1977perplexity, title={Perplexity: a measure of the difficulty of speech "
-            "recognition tasks}, author={Jelinek, Fred and Mercer, Robert L and Bahl, Lalit R and Baker, James K}, "
-            "journal={The Journal of the Acoustical Society of America}, volume={62}, number={S1}, year={1977}}",
-            inputs_description=_INPUTS.format(
-                inputs="losses: cross-entropy of each token in nats; whatever stands where the label is -100.",
-                returns="perplexity: infinite above the largest float. loss: nats per token. NaN if no token counts.",
-            ),
-            features=Features({"losses": Value("float64"), "references": Value("float64")}),
-            format="numpy",
-            reference_urls=["https://huggingface.co/docs/transformers/perplexity"],
-        )
+    def _score(self, losses: Tensor, references: Tensor) -> Tensor:
+        return losses
 
-    def _compute(self, *, losses: np.ndarray, references: np.ndarray) -> dict[str, float]:
-        loss = _mean(losses, references)
-        return {"perplexity": math.inf if loss > math.log(np.finfo(np.float64).max) else math.exp(loss), "loss": loss}
+    def _result(self, mean: float) -> dict[str, float]:
+        return {"perplexity": math.inf if mean > math.log(np.finfo(np.float64).max) else math.exp(mean), "loss": mean}
 
 
 def held_out_metrics(**options: Any) -> Any:

@@ -1,17 +1,21 @@
-"""Reading the routers of a model while it runs: HMoE, Mixtral, Qwen-MoE and OLMoE, adapters and wrappers included.
+"""The routers of a model: finding them, reading them while it runs, counting what they choose, and how even that is.
 
-Letters in shapes: T tokens, E experts, K expert slots per token.
+Works on HMoE, Mixtral, Qwen-MoE and OLMoE, adapters and wrappers included.
+
+Letters in shapes: T tokens, E experts, K expert slots per token (an unused Top-P slot holds the id E).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .placement import max_over_mean
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,13 @@ def _row_size(banks: dict[str, torch.Size]) -> int:
 
 
 class RouterTap:
-    """Hands the outputs of every router to `consume(layer, logits [T, E], index [T, K])`, while it is open.
-
-    In `index` the id E marks an unused Top-P slot.
-    """
+    """Hands the outputs of every router to `consume(layer, logits [T, E], index [T, K])`, while it is open."""
 
     def __init__(self, model: nn.Module, consume: Callable[[int, Tensor, Tensor], None]):
-        self._handles = []
-        for number, layer in enumerate(routed_layers(model)):
-            self._handles.append(layer.router.register_forward_hook(_hook(number, consume)))
+        self._handles = [
+            layer.router.register_forward_hook(_hook(layer_idx, consume))
+            for layer_idx, layer in enumerate(routed_layers(model))
+        ]
 
     def close(self) -> None:
         for handle in self._handles:
@@ -84,13 +86,64 @@ class RouterTap:
         self.close()
 
 
-def _hook(number: int, consume: Callable[[int, Tensor, Tensor], None]) -> Callable:
+def _hook(layer_idx: int, consume: Callable[[int, Tensor, Tensor], None]) -> Callable:
     def hook(module: nn.Module, args: tuple, output: Any) -> None:
         if not isinstance(output, tuple) or len(output) != 3:
             raise ValueError(
                 f"router {type(module).__name__} returns {type(output).__name__}, not (logits, weights, index): "
                 "this kind of mixture cannot be analysed"
             )
-        consume(number, output[0], output[2])
+        consume(layer_idx, output[0], output[2])
 
     return hook
+
+
+def tokens_per_expert(index: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """How many tokens activate each expert, [E] int64, on the device of `index`, without waiting for it.
+
+    Args:
+        index: [T, K], expert ids; the id E of unused slots is not counted.
+        mask: T values, True where the token counts; None counts all.
+    """
+    weight = torch.ones_like(index) if mask is None else mask.reshape(-1, 1).to(index).expand_as(index)
+    # Unlike bincount, this does not wait for the device.
+    counts = torch.zeros(num_experts + 1, dtype=index.dtype, device=index.device)
+    return counts.scatter_add_(0, index.reshape(-1), weight.reshape(-1))[:num_experts]
+
+
+def activated_experts(index: Tensor, num_experts: int) -> Tensor:
+    """[T, E], whether a token activates an expert, from ids [T, K]."""
+    chosen = torch.zeros(index.shape[0], num_experts + 1, dtype=torch.bool, device=index.device)
+    return chosen.scatter_(1, index, True)[:, :num_experts]
+
+
+def max_over_min(load: Sequence[float]) -> float | None:
+    """Tokens of the busiest expert over those of the idlest (MoDSE Tables 7-8); None if an expert has none."""
+    return max(load) / min(load) if min(load) > 0 else None
+
+
+def balance(load: Sequence[float]) -> dict[str, Any]:
+    """How even the load of a layer's experts is, from their tokens or shares of tokens.
+
+    | entry | meaning |
+    |---|---|
+    | `max_over_min` | the busiest expert's load over the idlest's; None if that has none |
+    | `load_imbalance` | the busiest expert's load over the mean; 1 is even |
+    | `load_variation` | standard deviation over the mean; 0 is even |
+    | `load_entropy_ratio` | entropy of the shares over ln E; 1 is even |
+    | `dead_experts` | experts without a token |
+    | `starved_experts` | experts with less than a tenth of the mean |
+    """
+    num_experts, total = len(load), sum(load)
+    mean = total / num_experts
+    shares = [value / total for value in load if value]
+    entropy = -sum(share * math.log(share) for share in shares)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in load) / num_experts)
+    return {
+        "max_over_min": max_over_min(load),
+        "load_imbalance": max_over_mean(load),
+        "load_variation": deviation / mean if total else 0.0,
+        "load_entropy_ratio": entropy / math.log(num_experts) if total and num_experts > 1 else 1.0,
+        "dead_experts": sum(value == 0 for value in load),
+        "starved_experts": sum(value < mean / 10 for value in load),
+    }

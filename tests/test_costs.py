@@ -1,4 +1,4 @@
-"""Parameters against the papers' figures and real models, FLOPs against a literal count, and training budgets."""
+"""Parameters against the papers' figures and real models, and FLOPs against a literal count."""
 
 import itertools
 import re
@@ -14,13 +14,11 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    Trainer,
-    TrainingArguments,
 )
 
 from hmoe import HMoEConfig, HMoEForCausalLM, count_parameters, lora_config
-from hmoe.costs import CONVENTIONS, FlopsMeter, forward_flops, inverse_size_load, model_costs
-from hmoe.training.budget import BudgetCallback, steps_for_budget
+from hmoe.costs import CONVENTIONS, forward_flops, inverse_size_load, model_costs
+from hmoe.training.router_log import RouterMetrics, RouterWindow
 
 
 SMALL = {
@@ -265,32 +263,21 @@ MODELS = {
 }
 
 
+def counted(model, ids) -> RouterWindow:
+    """What the trainer counts of one forward pass in training."""
+    metrics = RouterMetrics(forward_flops(model))
+    options = {"output_router_logits": True} if model.config.model_type == "hmoe" else {}
+    metrics.update(model.train()(input_ids=ids, use_cache=False, **options), {"input_ids": ids}, model.config)
+    return metrics.collect(lambda tensor: tensor)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_counted_flops_equal_a_literal_count_of_the_products(name):
     model = MODELS[name]()
     ids = torch.randint(0, 64, (3, LENGTH))
-    meter = FlopsMeter(model)
-    model.train()
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    tokens, flops = meter.take().tolist()
-    assert tokens == ids.numel()
-    assert flops == 3 * literal_flops(model.eval(), ids)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputation_and_evaluation_do_not_count(reentrant):
-    model, ids = hmoe(), torch.randint(0, 64, (2, LENGTH))
-    meter = FlopsMeter(model)
-    model.train()
-    model(input_ids=ids, labels=ids).loss.backward()
-    plain = meter.take().tolist()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert meter.take().tolist() == plain
-    model.eval()
-    model(input_ids=ids)
-    assert meter.take().tolist() == [0, 0]
+    window = counted(model, ids)
+    assert window.padded_tokens == window.tokens == ids.numel()
+    assert window.flops == 3 * literal_flops(model.eval(), ids)
 
 
 def test_6nd_counts_six_times_the_activated_parameters():
@@ -323,55 +310,3 @@ def test_partitioned_parameters_count_whole(name, convention):
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
     assert forward_flops(model, convention) == whole
-
-
-def rows(number: int) -> list[dict]:
-    torch.manual_seed(1)
-    ids = torch.randint(0, 64, (number, LENGTH))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def train(tmp_path, budget: BudgetCallback, model, *, resume=None, **settings) -> Trainer:
-    args = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True, **settings
-    )
-    trainer = Trainer(model, args, train_dataset=rows(64), callbacks=[budget])
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def test_a_run_stops_at_the_first_step_that_reaches_the_flops_budget(tmp_path):
-    free = BudgetCallback(model := hmoe())
-    train(tmp_path / "free", free, model, max_steps=4, save_strategy="no")
-    budget = BudgetCallback(model := hmoe(), max_flops=free.flops)
-    trainer = train(tmp_path / "budget", budget, model, max_steps=20, save_strategy="no")
-    assert trainer.state.global_step == 4
-    assert budget.flops == free.flops
-
-
-def test_a_resumed_run_goes_on_counting(tmp_path):
-    whole = BudgetCallback(model := hmoe(), max_flops=1e18)
-    train(tmp_path / "whole", whole, model, max_steps=6, save_strategy="steps", save_steps=3)
-    resumed = BudgetCallback(model := hmoe(), max_flops=1e18)
-    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
-    train(tmp_path / "resumed", resumed, model, resume=checkpoint, max_steps=6, save_strategy="no")
-    assert (resumed.tokens, resumed.flops) == (whole.tokens, whole.flops)
-    assert whole.tokens == 6 * 2 * LENGTH
-
-
-def test_a_token_budget_stops_and_saves(tmp_path):
-    budget = BudgetCallback(model := hmoe(), max_tokens=5 * 2 * LENGTH - 1)
-    trainer = train(tmp_path, budget, model, max_steps=20, save_strategy="steps", save_steps=100)
-    assert trainer.state.global_step == 5
-    assert (tmp_path / "checkpoint-5").is_dir()
-
-
-def test_planned_steps_cover_the_budget():
-    flops = forward_flops(hmoe())
-    plan = {"max_steps": -1, "max_tokens": None, "max_flops": None, "tokens_per_step": 32, "length": LENGTH}
-    assert steps_for_budget(flops, **plan) == -1
-    assert steps_for_budget(flops, **{**plan, "max_tokens": 65}) == 3
-    assert steps_for_budget(flops, **{**plan, "max_steps": 2, "max_tokens": 65}) == 2
-    least = 3 * flops.least(32, LENGTH)
-    assert steps_for_budget(flops, **{**plan, "max_flops": 10 * least}) == 10
-    assert least < 3 * flops.count(32, LENGTH)

@@ -1,4 +1,4 @@
-"""Whether a converted model says what its source says, on real text."""
+"""Compares the logits of a converted model with those of its source, on real text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CommandError
 from ..modeling_hmoe import HMoEForCausalLM
+from ..routers import routed_layers
 from ..sources import read_beginning, without_progress_bars
 
 
@@ -128,16 +129,14 @@ def _logits(model: Any, tokens: Tensor) -> Tensor:
 
 def force_routing(model: HMoEForCausalLM, forced: ForcedRouting) -> None:
     """Replaces what the routers choose; for checks and tests."""
-    layers: Any = model.model.layers
-    for layer_idx, layer in enumerate(layers):
-        experts = torch.tensor(forced.experts[layer_idx])
+    for layer, experts in zip(routed_layers(model), forced.experts, strict=True):
 
         def hook(module, inputs, output, experts=experts):
             logits = output[0]
-            index = experts.expand(logits.shape[0], -1)
+            index = torch.tensor(experts).expand(logits.shape[0], -1)
             return logits, torch.full(index.shape, forced.weight), index
 
-        layer.mlp.gate.register_forward_hook(hook)
+        layer.router.register_forward_hook(hook)
 
 
 def check_tokens(source: Path, vocab_size: int, text_file: str | None, limit: int = 128) -> tuple[Tensor, str]:

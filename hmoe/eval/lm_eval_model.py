@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from hmoe.costs import moe_costs
-from hmoe.routers import RouterTap, routed_layers
+from hmoe.routers import RouterTap, routed_layers, tokens_per_expert
 
 
 @register_model("hmoe")
@@ -30,28 +30,28 @@ class RoutingHFLM(HFLM):
         super().__init__(*args, **kwargs)
         self._task: str | None = None
         self._mask: Tensor | None = None
-        self._tokens: dict[str, int] = {}
-        self._counts: dict[str, list[Tensor]] = {}
-        self._layers = [len(layer.sizes) for layer in routed_layers(self._model)]
+        self._tokens: dict[str, Tensor | int] = {}
+        self._counts: dict[str, list[Tensor | int]] = {}
+        self._num_experts = [len(layer.sizes) for layer in routed_layers(self._model)]
         self._model.register_forward_pre_hook(self._read_inputs, with_kwargs=True)
         self._tap = RouterTap(self._model, self._count)
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
-        return self._by_task(requests, lambda part: super(RoutingHFLM, self).loglikelihood(part, disable_tqdm))
+        return self._by_task(super().loglikelihood, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list:
-        return self._by_task(requests, lambda part: super(RoutingHFLM, self).loglikelihood_rolling(part, disable_tqdm))
+        return self._by_task(super().loglikelihood_rolling, requests, disable_tqdm)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list:
-        return self._by_task(requests, lambda part: super(RoutingHFLM, self).generate_until(part, disable_tqdm))
+        return self._by_task(super().generate_until, requests, disable_tqdm)
 
-    def _by_task(self, requests: list, answer: Callable[[list], list]) -> list:
+    def _by_task(self, answer: Callable[[list, bool], list], requests: list, disable_tqdm: bool) -> list:
         places: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             places.setdefault(request.task_name or "", []).append(place)
         answers: list = [None] * len(requests)
         for self._task, task_places in places.items():
-            part = answer([requests[place] for place in task_places])
+            part = answer([requests[place] for place in task_places], disable_tqdm)
             for place, value in zip(task_places, part, strict=True):
                 answers[place] = value
         self._task = None
@@ -76,14 +76,13 @@ class RoutingHFLM(HFLM):
             self._mask = mask[:, -ids.shape[1] :].bool()
         else:
             self._mask = (ids != 0).flip(1).cumsum(1).flip(1) > 0  # [B, S]
-        self._tokens[self._task] = self._tokens.get(self._task, 0) + int(self._mask.sum())
+        self._tokens[self._task] = self._tokens.get(self._task, 0) + self._mask.sum()
 
     def _count(self, layer: int, logits: Tensor, index: Tensor) -> None:
         if self._task is None or self._mask is None:
             return
-        counts = self._counts.setdefault(self._task, [torch.zeros(n, dtype=torch.long) for n in self._layers])
-        chosen = index[self._mask.reshape(-1).to(index.device)].reshape(-1)
-        counts[layer] += torch.bincount(chosen, minlength=self._layers[layer] + 1)[: self._layers[layer]].cpu()
+        counts = self._counts.setdefault(self._task, [0] * len(self._num_experts))
+        counts[layer] += tokens_per_expert(index, self._num_experts[layer], self._mask)
 
     def routing(self) -> dict[str, Any] | None:
         """Activated parameters over all tasks and by task; None for a dense model, and if every answer was cached."""
@@ -92,8 +91,8 @@ class RoutingHFLM(HFLM):
         model = moe_costs(self._model)
 
         def summary(tasks: list[str]) -> dict[str, float]:
-            tokens = sum(self._tokens[task] for task in tasks)
-            counts = [sum(layer) for layer in zip(*(self._counts[task] for task in tasks))]
+            tokens = int(sum(self._tokens[task] for task in tasks))
+            counts: list[Any] = [sum(layer) for layer in zip(*(self._counts[task] for task in tasks))]
             load = [[n / tokens for n in layer.tolist()] for layer in counts]
             return {
                 "tokens": tokens,
@@ -106,4 +105,4 @@ class RoutingHFLM(HFLM):
         return {**summary(tasks), "tasks": {task: summary([task]) for task in tasks}}
 
     def get_model_info(self) -> dict[str, Any]:
-        return {**super().get_model_info(), "is_moe": bool(self._layers), "routing": self.routing()}
+        return {**super().get_model_info(), "is_moe": bool(self._num_experts), "routing": self.routing()}

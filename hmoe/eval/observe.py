@@ -1,10 +1,11 @@
-"""Running a model over text once, and handing each batch's losses and routes to what counts them.
+"""Runs a model over a text once and yields each batch with its losses and routes.
 
 Letters in shapes: B batch, S sequence, T = B * S tokens, E experts, K expert slots per token, L layers.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -49,22 +50,17 @@ class Observation:
 def observe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[Observation]:
     """Runs `model` over batches of `input_ids` and, where rows are padded, `attention_mask`; one at a time."""
     device = next(model.parameters()).device
-    logits: list[Tensor] = []
-    index: list[Tensor] = []
-
-    def consume(layer: int, layer_logits: Tensor, layer_index: Tensor) -> None:
-        logits.append(layer_logits)
-        index.append(layer_index)
-
+    routes: list[tuple[Tensor, Tensor]] = []  # of the batch at hand, by layer
     model.eval()
-    with RouterTap(model, consume):
+    with RouterTap(model, lambda _, logits, index: routes.append((logits, index))):
         for batch in batches:
-            logits, index = [], []
+            routes.clear()
             input_ids = batch["input_ids"].to(device)
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(device)
             outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
             predictions, loss = score_tokens(outputs.logits, input_ids)
             loss = loss.masked_fill(~predicted(mask.bool()), torch.nan)
+            logits, index = [layer[0] for layer in routes], [layer[1] for layer in routes]
             yield Observation(input_ids, mask.bool(), predictions, loss, logits, index)
 
 
@@ -128,7 +124,7 @@ def check_same_tokenizer(first: Any, second: Any, names: tuple[str, str]) -> Non
     probe = "The 1st token, naïve & re-tokenised:\n  x = 3.14"
     if ours == theirs and first(probe)["input_ids"] == second(probe)["input_ids"]:
         return
-    different = sum(theirs.get(token) != number for token, number in ours.items())
+    different = sum(theirs.get(token) != token_id for token, token_id in ours.items())
     raise ValueError(
         f"{names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)} tokens) have different tokenizers: "
         f"{different} tokens of the first have another id, or none, in the second. Losses and routes per token can "
@@ -138,8 +134,6 @@ def check_same_tokenizer(first: Any, second: Any, names: tuple[str, str]) -> Non
 
 def step_of(folder: str) -> int | None:
     """The training step of a checkpoint: as its trainer_state.json says, or its name, such as `checkpoint-600`."""
-    import json
-
     state = Path(folder) / "trainer_state.json"
     if state.is_file():
         return json.loads(state.read_text(encoding="utf-8")).get("global_step")

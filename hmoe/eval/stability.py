@@ -1,8 +1,8 @@
 """Whether tokens keep their route while a model trains.
 
-MoDSE (arXiv 2409.12210, Tables 7-8) counts tokens per expert at several epochs; equal counts do not say that the same
-tokens come. Here every checkpoint reads the same tokens, and their routes are compared one by one. Memory is bounded
-by a number of tokens, which are the first of the text.
+MoDSE (arXiv 2409.12210, Tables 7-8) compares tokens per expert at several epochs, but equal counts can come from
+different tokens. Here every checkpoint reads the same tokens, and their routes are compared one by one. Only the first
+tokens of the text are kept, which bounds the memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hmoe.routers import activated_experts
+
 from .observe import Observation
-from .statistics import activated
 
 
 class RouteSample:
@@ -37,7 +38,7 @@ class RouteSample:
         self._ids.append(observation.input_ids.reshape(-1)[real].cpu().numpy().astype(np.int32))
         for layer, index in enumerate(observation.index):
             chosen = index[real.to(index.device)].cpu()
-            self._sets[layer].append(np.packbits(activated(chosen, self.num_experts[layer]).numpy(), axis=1))
+            self._sets[layer].append(np.packbits(activated_experts(chosen, self.num_experts[layer]).numpy(), axis=1))
             self._first[layer].append(chosen[:, 0].numpy().astype(np.int16))
 
     def tokens(self) -> np.ndarray:

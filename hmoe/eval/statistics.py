@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmoe.costs import ModelCosts
+from hmoe.routers import activated_experts, balance, max_over_min, tokens_per_expert
 
 from .observe import Observation
 
@@ -43,14 +44,15 @@ class LayerStatistics:
     def update(self, logits: Tensor, index: Tensor) -> None:
         """Adds tokens: their router logits [T, E] and expert ids [T, K]."""
         probability = F.softmax(logits.float(), dim=-1)
-        chosen = activated(index, self.num_experts)  # [T, E]
-        self.tokens += index.shape[0]
+        chosen = activated_experts(index, self.num_experts)  # [T, E]
+        num_tokens, num_slots = index.shape
+        self.tokens += num_tokens
         if not len(self.choices):
-            self.choices = torch.zeros(index.shape[1], self.num_experts, dtype=torch.long)
-            self.num_chosen = torch.zeros(index.shape[1] + 1, dtype=torch.long)
-        for slot in range(index.shape[1]):
-            self.choices[slot] += torch.bincount(index[:, slot], minlength=self.num_experts + 1).cpu()[:-1]
-        self.num_chosen += torch.bincount(chosen.sum(1), minlength=index.shape[1] + 1).cpu()
+            self.choices = torch.zeros(num_slots, self.num_experts, dtype=torch.long)
+            self.num_chosen = torch.zeros(num_slots + 1, dtype=torch.long)
+        by_slot = [tokens_per_expert(slot, self.num_experts) for slot in index.split(1, dim=1)]
+        self.choices += torch.stack(by_slot).cpu()
+        self.num_chosen += torch.bincount(chosen.sum(1), minlength=num_slots + 1).cpu()
         self.probability += probability.double().sum(0).cpu()
         self.entropy += float(torch.special.entr(probability).sum(dtype=torch.float64))
         self.confidence += float(probability.amax(1).sum(dtype=torch.float64))
@@ -66,12 +68,6 @@ class LayerStatistics:
     def load(self) -> list[float]:
         """Share of tokens that activate each expert; sums to the experts per token (T_i of HMoE Eq. 3)."""
         return [count / self.tokens for count in self.counts.tolist()]
-
-
-def activated(index: Tensor, num_experts: int) -> Tensor:
-    """[T, E], whether a token activates an expert, from ids [T, K]."""
-    chosen = torch.zeros(index.shape[0], num_experts + 1, dtype=torch.bool, device=index.device)
-    return chosen.scatter_(1, index, True)[:, :num_experts]
 
 
 class RoutingStatistics:
@@ -100,13 +96,13 @@ class RoutingStatistics:
             "activated_ratio": model.activated_ratio(load),
             "experts_per_token": sum(map(sum, load)) / len(load),
             "by_size": load_by_size(model.sizes, [layer.counts.tolist() for layer in self.layers]),
-            "layers": [self._layer_summary(number) for number in range(len(self.layers))],
+            "layers": [self._layer_summary(layer_idx) for layer_idx in range(len(self.layers))],
         }
 
-    def _layer_summary(self, number: int) -> dict[str, Any]:
-        layer, sizes = self.layers[number], self.architecture.sizes[number]
+    def _layer_summary(self, layer_idx: int) -> dict[str, Any]:
+        layer, sizes = self.layers[layer_idx], self.architecture.sizes[layer_idx]
         load, counts = layer.load, layer.counts.tolist()
-        parameters = self.architecture.expert_parameters[number]
+        parameters = self.architecture.expert_parameters[layer_idx]
         used = sum(x * n for x, n in zip(load, parameters))
         return {
             "sizes": sizes,
@@ -129,32 +125,6 @@ class RoutingStatistics:
         }
 
 
-def max_over_min(counts: Sequence[int]) -> float | None:
-    """Tokens of the busiest expert over those of the idlest (MoDSE Tables 7-8); None if an expert has none."""
-    return max(counts) / min(counts) if min(counts) > 0 else None
-
-
-def balance(counts: Sequence[int]) -> dict[str, Any]:
-    """How even a layer's load is.
-
-    `load_imbalance` is the busiest expert's load over the mean, `load_variation` the standard deviation over the
-    mean, `load_entropy_ratio` the entropy of the shares over ln E (1 is even), `dead_experts` those without a token,
-    `starved_experts` those with less than a tenth of the mean.
-    """
-    total, number = sum(counts), len(counts)
-    mean = total / number
-    shares = [count / total for count in counts if count]
-    entropy = -sum(share * math.log(share) for share in shares)
-    return {
-        "max_over_min": max_over_min(counts),
-        "load_imbalance": max(counts) / mean,
-        "load_variation": math.sqrt(sum((count - mean) ** 2 for count in counts) / number) / mean,
-        "load_entropy_ratio": entropy / math.log(number) if number > 1 else 1.0,
-        "dead_experts": sum(count == 0 for count in counts),
-        "starved_experts": sum(count < mean / 10 for count in counts),
-    }
-
-
 def load_by_size(sizes: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
     """Activations by expert size, over all layers, smallest size first (HMoE Fig. 3 right, 6 and 7).
 
@@ -162,7 +132,7 @@ def load_by_size(sizes: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]
     of its experts by width.
     """
     total = sum(map(sum, counts))
-    number = sum(map(len, sizes))
+    num_experts = sum(map(len, sizes))
     width = sum(map(sum, sizes))
     rows = []
     for size in sorted({size for row in sizes for size in row}):
@@ -174,7 +144,7 @@ def load_by_size(sizes: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]
                 "experts": experts,
                 "activations": count,
                 "share": count / total,
-                "share_if_even": experts / number,
+                "share_if_even": experts / num_experts,
                 "neuron_share": experts * size / width,
             }
         )

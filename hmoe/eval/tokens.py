@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hmoe.costs import ModelCosts
+from hmoe.routers import activated_experts
 
 from .observe import Observation
 
@@ -43,11 +44,11 @@ class TokenLosses:
 
     def update(self, observation: Observation) -> None:
         loss, ids = observation.loss.cpu(), observation.input_ids.cpu()
-        for row in range(len(ids)):
-            known = ~loss[row].isnan()
-            half = (self._rows + row) % 2
-            self.total[half].index_add_(0, ids[row][known], loss[row][known].double())
-            self.count[half].index_add_(0, ids[row][known], torch.ones(int(known.sum()), dtype=torch.long))
+        half = (self._rows + torch.arange(len(ids))) % 2  # [B]
+        known = ~loss.isnan()
+        entry = (half[:, None] * self.total.shape[1] + ids)[known]
+        self.total.view(-1).index_add_(0, entry, loss[known].double())
+        self.count.view(-1).index_add_(0, entry, torch.ones_like(entry))
         self._rows += len(ids)
 
     @property
@@ -90,10 +91,10 @@ class TokenRoutes:
         real = observation.mask.reshape(-1).cpu()
         ids = observation.input_ids.reshape(-1).cpu()[real]
         self.occurrences += torch.bincount(ids, minlength=len(self.occurrences))
-        for table, first, layer in zip(self.activations, self.first, self.layers):
+        for activations, first, layer in zip(self.activations, self.first, self.layers):
             index = observation.index[layer].cpu()[real]  # [T, K]
-            _add_pairs(table, ids[:, None].expand_as(index), index)
-            _add_pairs(first, ids, index[:, 0])
+            for table, slots in ((activations, index), (first, index[:, :1])):
+                table.index_add_(0, ids, activated_experts(slots, table.shape[1]).long())
         relative, share = chosen_sizes(self.sizes, observation.index)  # [T] each
         self._add_losses(observation.loss.cpu(), relative.cpu(), share.cpu())
 
@@ -102,13 +103,13 @@ class TokenRoutes:
         known = ~loss[:, 1:].isnan()
         values = loss[:, 1:][known].double()
         bins = (values / LOSS_BIN_WIDTH).long().clamp(max=NUM_LOSS_BINS - 1)
-        for place, positions in enumerate((slice(None, -1), slice(1, None))):
+        one = torch.ones_like(values)
+        predicting, reading = slice(None, -1), slice(1, None)
+        for table, sums, positions in zip(self.bins, self._moments, (predicting, reading)):
             size, used = relative[:, positions][known].double(), share[:, positions][known].double()
-            rows = torch.stack([torch.ones_like(values), values, size, used], dim=1)
-            self.bins[place].index_add_(0, bins, rows)
-            one = torch.ones_like(values)
+            table.index_add_(0, bins, torch.stack([one, values, size, used], dim=1))
             moments = (one, values, size, values * values, size * size, values * size)
-            self._moments[place] += torch.stack([moment.sum() for moment in moments])
+            sums += torch.stack([moment.sum() for moment in moments])
 
     def loss_and_size(self) -> dict[str, Any]:
         """Chosen sizes by loss, and their correlation (HMoE Fig. 10 as a measurement).
@@ -119,10 +120,10 @@ class TokenRoutes:
         result: dict[str, Any] = {}
         for name, bins, moments in zip(("predicting", "reading"), self.bins, self._moments):
             rows = []
-            for number, (tokens, loss, size, share) in enumerate(bins.tolist()):
+            for bin_idx, (tokens, loss, size, share) in enumerate(bins.tolist()):
                 if tokens:
-                    low = number * LOSS_BIN_WIDTH
-                    high = None if number == NUM_LOSS_BINS - 1 else low + LOSS_BIN_WIDTH
+                    low = bin_idx * LOSS_BIN_WIDTH
+                    high = None if bin_idx == NUM_LOSS_BINS - 1 else low + LOSS_BIN_WIDTH
                     rows.append(
                         {
                             "loss_from": low,
@@ -139,16 +140,10 @@ class TokenRoutes:
 
 def _kept_layers(num_experts: Sequence[int], vocab_size: int, max_entries: int) -> list[int]:
     most = max(1, max_entries // (2 * vocab_size * max(num_experts)))
-    number = len(num_experts)
-    if number <= most:
-        return list(range(number))
-    return sorted({round(place * (number - 1) / max(most - 1, 1)) for place in range(most)})
-
-
-def _add_pairs(table: Tensor, ids: Tensor, experts: Tensor) -> None:
-    used = experts < table.shape[1]
-    flat = ids[used] * table.shape[1] + experts[used]
-    table.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
+    num_layers = len(num_experts)
+    if num_layers <= most:
+        return list(range(num_layers))
+    return sorted({round(i * (num_layers - 1) / max(most - 1, 1)) for i in range(most)})
 
 
 def chosen_sizes(sizes: Sequence[Sequence[int]], index: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -178,7 +173,7 @@ def _correlation(moments: Sequence[float]) -> float | None:
     return (xy / n - x * y / n**2) / (variance_x * variance_y) ** 0.5
 
 
-def top_tokens(routes: TokenRoutes, number: int = 10, min_count: int = 10) -> list[dict[str, Any]]:
+def top_tokens(routes: TokenRoutes, num_tokens: int = 10, min_count: int = 10) -> list[dict[str, Any]]:
     """For each expert size, the token types with the largest activation share (HMoE Table 3; the ratio of Fig. 10).
 
     The share of a type is how many of its activations, over all kept layers, go to experts of this size.
@@ -191,7 +186,7 @@ def top_tokens(routes: TokenRoutes, number: int = 10, min_count: int = 10) -> li
     share[routes.occurrences < min_count] = -1.0
     rows = []
     for column, size in enumerate(sizes):
-        values, ids = share[:, column].topk(min(number, len(share)))
+        values, ids = share[:, column].topk(min(num_tokens, len(share)))
         kept = values > 0
         rows.append({"size": size, "ids": ids[kept].tolist(), "shares": values[kept].tolist()})
     return rows

@@ -3,77 +3,55 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hmoe.costs import TRAIN_FACTOR, FlopsMeter, ForwardFlops
+from hmoe.costs import TRAIN_FACTOR, ForwardFlops
+
+from .router_log import RouterWindow
 
 
 class BudgetCallback(TrainerCallback, ExportableState):
-    """Counts trained tokens and FLOPs over all ranks, and stops at the first step that reaches a budget.
+    """Stops a run at the first step that reaches a budget of tokens or FLOPs, all ranks at the same step.
 
     The counts are saved with the trainer's state, so a resumed run goes on counting.
+
+    Args:
+        collect: gives the forward passes since its last call, summed over all ranks; every rank calls it together.
+        max_tokens, max_flops: the budgets.
 
     Attributes:
         tokens, flops: trained so far, padding included.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        max_tokens: int | None = None,
-        max_flops: float | None = None,
-        convention: str = "matmul",
+        self, collect: Callable[[], RouterWindow], *, max_tokens: int | None = None, max_flops: float | None = None
     ):
-        self.meter = FlopsMeter(model, convention)
+        self.collect = collect
         self.max_tokens = max_tokens
         self.max_flops = max_flops
-        self._tokens = 0
-        self._flops = 0
-        self._pending: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        self._settle()
-        return self._tokens
-
-    @property
-    def flops(self) -> int:
-        self._settle()
-        return self._flops
-
-    def _settle(self) -> None:
-        if self._pending is not None:
-            tokens, flops = self._pending.tolist()
-            self._pending = None
-            self._tokens += tokens
-            self._flops += flops
+        self.tokens = self.flops = 0
 
     def _is_spent(self) -> bool:
-        if self.max_flops is not None and self.flops >= self.max_flops:
-            return True
-        return self.max_tokens is not None and self.tokens >= self.max_tokens
+        limits = ((self.tokens, self.max_tokens), (self.flops, self.max_flops))
+        return any(limit is not None and count >= limit for count, limit in limits)
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"tokens": self.tokens, "flops": self.flops}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._tokens, self._flops = saved["attributes"]["tokens"], saved["attributes"]["flops"]
-        self._pending = None
-        self.meter.take()
+        self.tokens, self.flops = saved["attributes"]["tokens"], saved["attributes"]["flops"]
         # A run that ended on its budget has nothing left to do when it is started again.
         control.should_training_stop = self._is_spent()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        from accelerate.utils import reduce
-
-        step = reduce(self.meter.take(args.device), reduction="sum")
-        self._pending = step if self._pending is None else self._pending + step
+        window = self.collect()
+        self.tokens += round(window.padded_tokens)
+        self.flops += round(window.flops)
         if self._is_spent():
             control.should_training_stop = True
             control.should_log = True

@@ -1,16 +1,16 @@
-"""What the router does, summed over a logging window on the device and read back once per log.
+"""Losses, expert load, tokens and FLOPs of training, summed on the device and read back once per log.
 
 Averages are ratios of sums: over tokens, all accumulation steps and all ranks, so batches of different length and
 ranks with different padding count by what they hold.
 
-Letters in shapes: B batch, S sequence, T = B * S tokens, E experts (E_max the most of any layer), K expert slots per
-token, L layers.
+Letters in shapes: B batch, S sequence, T = B * S tokens, E experts, K expert slots per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hmoe.configuration_hmoe import is_hmoe
 from hmoe.costs import TRAIN_FACTOR, ForwardFlops, model_costs
+from hmoe.routers import balance, tokens_per_expert
 from hmoe.routing_hmoe import ROUTER_LOSSES
 
 
@@ -32,6 +33,7 @@ class RouterWindow:
         labels: predicted labels.
         losses: sums of the cross-entropy (`lm_loss`) over them and of the unscaled router terms, weighted by them.
         tokens: tokens that went through the model, padding excluded.
+        padded_tokens: the same, padding included.
         flops: training FLOPs by activated experts, padding included ([`hmoe.costs`]).
         expert_tokens: per layer, per expert, the tokens that activated it; empty for a dense model.
     """
@@ -39,6 +41,7 @@ class RouterWindow:
     labels: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
     tokens: float = 0.0
+    padded_tokens: float = 0.0
     flops: float = 0.0
     expert_tokens: list[list[float]] = field(default_factory=list)
 
@@ -50,6 +53,7 @@ class RouterWindow:
             labels=self.labels + other.labels,
             losses={name: self.losses.get(name, 0.0) + other.losses.get(name, 0.0) for name in names},
             tokens=self.tokens + other.tokens,
+            padded_tokens=self.padded_tokens + other.padded_tokens,
             flops=self.flops + other.flops,
             expert_tokens=[[a + b for a, b in zip(row, row_more)] for row, row_more in zip(rows, more)],
         )
@@ -63,11 +67,17 @@ class RouterWindow:
 
 
 class RouterMetrics:
-    """Accumulates forward passes. Nothing here waits for the device but [`RouterMetrics.collect`]."""
+    """Adds up forward passes. Nothing here waits for the device but [`RouterMetrics.collect`].
 
-    def __init__(self) -> None:
+    Args:
+        flops: of the model, to count training FLOPs.
+    """
+
+    def __init__(self, flops: ForwardFlops | None = None) -> None:
+        self._flops = flops
         self._sums: dict[str, Tensor] = {}
-        self._shared_flops = 0.0
+        self._padded_tokens = 0
+        self._forward_flops = 0.0  # without experts whose tokens are counted
         self._num_experts: list[int] = []
 
     @torch.no_grad()
@@ -79,98 +89,85 @@ class RouterMetrics:
         *,
         num_items_in_batch: Tensor | int | None = None,
         loss_scale: int = 1,
-        flops: ForwardFlops | None = None,
     ) -> None:
         """Adds one forward pass.
 
         Args:
             outputs: a causal LM's outputs in dict form. Of HMoE all of it is used; of others the loss and, where the
                 model was told to return them, `aux_loss` and `router_logits`.
-            inputs: what the model was called with; a batch without labels is left out.
+            inputs: what the model was called with; without labels there are no losses to add.
             num_items_in_batch: what the summed cross-entropy was divided by; None if by the labels at hand.
             loss_scale: what `outputs.loss`, and nothing else, was multiplied with since.
-            flops: of the model, to count training FLOPs.
         """
         num_labels = count_labels(inputs)
-        if num_labels is None:
-            return
-        wide = torch.float32 if num_labels.device.type == "mps" else torch.float64
-        lm_loss, terms = _loss_terms(outputs, config, loss_scale)
-        if lm_loss is not None:
+        if num_labels is not None:
             divisor = num_labels if num_items_in_batch is None else num_items_in_batch
+            self._add_losses(*_loss_terms(outputs, config, loss_scale), num_labels, divisor)
+        self._add_tokens(inputs, *_router_index(outputs, config))
+
+    def _add_losses(
+        self, lm_loss: Tensor | None, terms: dict[str, Tensor], num_labels: Tensor, divisor: Tensor | int
+    ) -> None:
+        self._add("labels", num_labels)
+        wide = torch.float32 if num_labels.device.type == "mps" else torch.float64
+        if lm_loss is not None:
             # The mean over no labels is NaN, and no labels count nothing.
             self._add("lm_loss", torch.where(num_labels > 0, lm_loss.to(wide) * divisor, 0))
         if terms:
             values = torch.stack([value.to(num_labels.device) for value in terms.values()])
             self._add(" ".join(terms), values.to(wide) * num_labels)
-        batch, length = _first_input(inputs).shape[:2]
+
+    def _add_tokens(self, inputs: dict[str, Any], index: Sequence[Tensor], num_experts: list[int]) -> None:
+        first = _first_input(inputs)
+        batch, length = first.shape[:2]
         mask = _token_mask(inputs)
-        num_tokens = num_labels.new_full((), batch * length) if mask is None else mask.sum()
-        self._add("counts", torch.stack([num_labels, num_tokens]))
-        index, self._num_experts = _router_index(outputs, config)
+        self._add("tokens", first.new_full((), batch * length, dtype=torch.int64) if mask is None else mask.sum())
+        self._padded_tokens += batch * length
+        self._num_experts = num_experts
         if index:
-            self._add("experts", _expert_counts(index, self._num_experts, mask))
-        if flops is not None:
-            count = flops.shared if index else flops.count
-            self._shared_flops += count(batch * length, length)
+            used = _expert_counts(index, num_experts, mask)
+            padded = used if mask is None else _expert_counts(index, num_experts, None)
+            self._add("experts", torch.stack([used, padded]))
+        if self._flops is not None:
+            # The experts of a model without logits in its outputs are of one size: any routing costs the same.
+            self._forward_flops += (self._flops.shared if index else self._flops.count)(batch * length, length)
 
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
-    def collect(
-        self, reduce: Callable[[Tensor], Tensor], *, flops: ForwardFlops | None = None, replicas: int = 1
-    ) -> RouterWindow:
+    def collect(self, reduce: Callable[[Tensor], Tensor], *, replicas: int = 1) -> RouterWindow:
         """Everything since the last call, summed over ranks.
 
         Args:
             reduce: sums a tensor over all ranks; every rank calls this together.
-            flops: as given to [`RouterMetrics.update`].
             replicas: ranks that see the same batch (tensor parallelism).
         """
         if not self._sums:
             return RouterWindow()
-        device = self._sums["counts"].device
+        device = self._sums["tokens"].device
         wide = torch.float32 if device.type == "mps" else torch.float64
-        shared = torch.tensor(self._shared_flops, dtype=wide, device=device)
         parts = {name: values.reshape(-1).to(device, wide) for name, values in self._sums.items()}
-        parts["flops"] = shared.reshape(1)
+        parts["host"] = torch.tensor([self._padded_tokens, self._forward_flops], dtype=wide, device=device)
         values = (reduce(torch.cat(list(parts.values()))) / replicas).split([len(part) for part in parts.values()])
         sums = {name: value.tolist() for name, value in zip(parts, values)}
-        num_experts = self._num_experts
-        self._sums, self._shared_flops = {}, 0.0
-        return _make_window(sums, num_experts, flops)
+        self._sums, self._padded_tokens, self._forward_flops = {}, 0, 0.0
+        return self._make_window(sums)
 
-
-def _make_window(sums: dict[str, list[float]], num_experts: list[int], flops: ForwardFlops | None) -> RouterWindow:
-    labels, tokens = sums.pop("counts")
-    (forward,) = sums.pop("flops")
-    rows = sums.pop("experts", [])
-    used = _split_rows(rows[: len(rows) // 2], num_experts)
-    padding = _split_rows(rows[len(rows) // 2 :], num_experts)
-    if flops is not None and used:
-        for row, row_padding, row_flops in zip(used, padding, flops.per_expert):
-            forward += sum((a + b) * c for a, b, c in zip(row, row_padding, row_flops))
-    losses = {name: value for names, values in sums.items() for name, value in zip(names.split(), values)}
-    return RouterWindow(labels, losses, tokens, TRAIN_FACTOR * forward, used)
-
-
-def _split_rows(values: list[float], num_experts: list[int]) -> list[list[float]]:
-    stride = len(values) // max(len(num_experts), 1)
-    return [values[layer * stride : layer * stride + count] for layer, count in enumerate(num_experts) if values]
+    def _make_window(self, sums: dict[str, list[float]]) -> RouterWindow:
+        (labels,), (tokens,) = sums.pop("labels", [0.0]), sums.pop("tokens")
+        padded_tokens, flops = sums.pop("host")
+        counts = iter(sums.pop("experts", []))
+        used, padded = ([list(islice(counts, length)) for length in self._num_experts] for _ in range(2))
+        if self._flops is not None:
+            flops += sum(n * cost for row, costs in zip(padded, self._flops.per_expert) for n, cost in zip(row, costs))
+        losses = {name: value for names, values in sums.items() for name, value in zip(names.split(), values)}
+        return RouterWindow(labels, losses, tokens, padded_tokens, TRAIN_FACTOR * flops, used)
 
 
 def _expert_counts(index: Sequence[Tensor], num_experts: list[int], mask: Tensor | None) -> Tensor:
-    """[2, L, E_max + 1]: tokens per expert, then the same of padding; unused Top-P slots land behind the experts."""
-    device, stride = index[-1].device, max(num_experts) + 1
-    block = len(index) * stride
-    ids = [layer * stride + layer_index.to(device) for layer, layer_index in enumerate(index)]  # [T, K] each
-    if mask is not None:
-        behind = torch.where(mask.reshape(-1, 1).to(device), 0, block)  # [T, 1]
-        ids = [layer_ids + behind for layer_ids in ids]
-    flat = torch.cat([layer_ids.reshape(-1) for layer_ids in ids])
-    counts = torch.zeros(2 * block, dtype=torch.int64, device=device)
-    # Unlike bincount, this does not wait for the device.
-    return counts.scatter_add_(0, flat, torch.ones_like(flat)).view(2, len(index), stride)
+    """Tokens per expert of one layer after the other, on the device of the last."""
+    rows = map(tokens_per_expert, index, num_experts, repeat(mask))
+    return torch.cat([row.to(index[-1].device) for row in rows])
 
 
 def count_labels(inputs: dict[str, Any]) -> Tensor | None:
@@ -236,33 +233,25 @@ def summarise(window: RouterWindow, config: Any, detail: str = "brief") -> dict[
     if not load:
         return entries
     layers = [_layer_entries(row) for row in load]
-    entries["experts_per_token"] = _mean([layer["experts_per_token"] for layer in layers])
-    entries["load_imbalance"] = _mean([layer["load_imbalance"] for layer in layers])
+    for name in ("experts_per_token", "load_imbalance"):
+        entries[name] = sum(layer[name] for layer in layers) / len(layers)
     entries["dead_experts"] = sum(layer["dead_experts"] for layer in layers)
     if is_hmoe(config):
         costs = model_costs(config)
         entries["activated_parameters"] = costs.activated_parameters(load)
         entries["activated_ratio"] = costs.activated_ratio(load)
-    for number, layer in enumerate(layers if detail == "per_layer" else []):
+    for layer_idx, layer in enumerate(layers if detail == "per_layer" else []):
         if is_hmoe(config):
-            sizes = config.layer_expert_sizes[number]
-            layer["activated_ratio"] = sum(x * size for x, size in zip(load[number], sizes)) / sum(sizes)
-        layer |= {f"load/expert_{expert:02d}": share for expert, share in enumerate(load[number])}
-        entries |= {f"layer_{number:02d}/{name}": value for name, value in layer.items()}
+            sizes = config.layer_expert_sizes[layer_idx]
+            layer["activated_ratio"] = sum(x * size for x, size in zip(load[layer_idx], sizes)) / sum(sizes)
+        layer |= {f"load/expert_{expert:02d}": share for expert, share in enumerate(load[layer_idx])}
+        entries |= {f"layer_{layer_idx:02d}/{name}": value for name, value in layer.items()}
     return entries
 
 
 def _layer_entries(load: list[float]) -> dict[str, float]:
-    experts_per_token = sum(load)
-    entries = {
-        "experts_per_token": experts_per_token,
-        "load_imbalance": max(load) * len(load) / experts_per_token if experts_per_token else 0.0,
-        "dead_experts": sum(share == 0 for share in load),
-    }
-    if min(load) > 0:
-        entries["load_max_over_min"] = max(load) / min(load)
+    even = balance(load)
+    entries = {"experts_per_token": sum(load)} | {name: even[name] for name in ("load_imbalance", "dead_experts")}
+    if even["max_over_min"] is not None:
+        entries["load_max_over_min"] = even["max_over_min"]
     return entries
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -12,7 +12,7 @@ from transformers import set_seed
 from hmoe.costs import ForwardFlops, forward_flops
 from hmoe.metrics import NextTokenMetrics, score_tokens
 
-from .budget import BudgetCallback, steps_for_budget, tokens_per_step
+from .budget import steps_for_budget, tokens_per_step
 from .card import push_folder, write_model_card
 from .data import build_data, with_padding
 from .model import add_lora, build_config, build_model
@@ -65,7 +65,6 @@ class Run:
             train_dataset=self.data.train,
             eval_dataset=self.data.validation,
             processing_class=self.tokenizer,
-            callbacks=self._budgets(model),
             **metrics,
         )
 
@@ -124,19 +123,6 @@ class Run:
             raise ValueError(
                 "`streaming` data have no end: give a budget with `max_steps`, `max_train_tokens` or `max_train_flops`"
             )
-
-    def _budgets(self, model: Any) -> list[Any]:
-        args = self.args
-        if args.max_train_tokens is None and args.max_train_flops is None:
-            return []
-        return [
-            BudgetCallback(
-                model,
-                max_tokens=args.max_train_tokens,
-                max_flops=args.max_train_flops,
-                convention=args.flops_convention,
-            )
-        ]
 
     def train(self) -> dict[str, float]:
         """Trains, evaluates, saves model, tokenizer, metrics and card; returns the metrics."""

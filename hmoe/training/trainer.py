@@ -26,8 +26,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hmoe.configuration_hmoe import is_hmoe
-from hmoe.costs import ForwardFlops, forward_flops
+from hmoe.costs import forward_flops
 
+from .budget import BudgetCallback
 from .callbacks import JsonlMetrics, RouterHeatMaps, StopOnSigterm, TrainingStopped
 from .card import run_info_of, write_model_card
 from .checkpointing import (
@@ -55,6 +56,8 @@ _DEFAULTS = {
     "metrics_file": "metrics.jsonl",
     "router_heat_maps": False,
     "flops_convention": "matmul",
+    "max_train_tokens": None,
+    "max_train_flops": None,
 }
 
 
@@ -64,8 +67,9 @@ class HMoETrainer(Trainer):
     Training logs gain the entries of [`hmoe.training.router_log.summarise`], `tokens_per_second`, `flops_per_second`
     (of training steps alone, all ranks together), `tokens_seen` and `train_flops`, counted by the experts that were
     activated. Evaluation reports the mean cross-entropy of a token (`eval_loss`), without router losses, and its
-    exponential (`eval_perplexity`). Checkpoints are complete or absent ([`hmoe.training.checkpointing`]). SIGTERM
-    saves one and raises [`TrainingStopped`], which ends the process with code 143.
+    exponential (`eval_perplexity`). With `max_train_tokens` or `max_train_flops` a run stops at the first step that
+    reaches them. Checkpoints are complete or absent ([`hmoe.training.checkpointing`]). SIGTERM saves one and raises
+    [`TrainingStopped`], which ends the process with code 143.
 
     Raises:
         CheckpointError: `output_dir` cannot be written; a checkpoint cannot be saved; the one to resume from is
@@ -82,8 +86,11 @@ class HMoETrainer(Trainer):
         self._metrics = RouterMetrics()
         self._pending = RouterWindow()
         self._eval_metrics: RouterMetrics | None = None
-        self._flops: ForwardFlops | None = None
         self._window_start = self._paused = 0.0
+        budgets = {"max_tokens": self._option("max_train_tokens"), "max_flops": self._option("max_train_flops")}
+        self._has_budget = any(limit is not None for limit in budgets.values())
+        if self._has_budget:
+            self.add_callback(BudgetCallback(self._collect, **budgets))
         self._stop = StopOnSigterm(self.accelerator)
         self.add_callback(self._stop)
         if self._option("metrics_file"):
@@ -100,6 +107,10 @@ class HMoETrainer(Trainer):
     def _measures(self) -> bool:
         return self._option("router_metrics") != "off"
 
+    @property
+    def _counts(self) -> bool:
+        return self._measures or self._has_budget
+
     # Metrics
 
     def compute_loss(
@@ -112,7 +123,7 @@ class HMoETrainer(Trainer):
         config = self.model.config
         measured = inputs
         if is_hmoe(config):
-            if model.training and self._measures:
+            if model.training and self._counts:
                 measured = {**inputs, "output_router_logits": True}
         elif not model.training and getattr(config, "output_router_logits", False):
             # Stock MoE models add their router loss in evaluation too, unless it is not computed.
@@ -122,15 +133,14 @@ class HMoETrainer(Trainer):
         )
         metrics: RouterMetrics | None = self._eval_metrics
         if model.training:
-            metrics = self._metrics if self._measures else None
-        if metrics is not None and isinstance(outputs, dict):
+            metrics = self._metrics if self._counts else None
+        if metrics is not None:
             metrics.update(
-                outputs,
+                outputs if isinstance(outputs, dict) else {},
                 inputs,
                 config,
                 num_items_in_batch=num_items_in_batch,
                 loss_scale=self._loss_scale(num_items_in_batch),
-                flops=self._flops if model.training else None,
             )
         return (loss, outputs) if return_outputs else loss
 
@@ -150,14 +160,20 @@ class HMoETrainer(Trainer):
         return 0 if self._measures else super().floating_point_ops(inputs)
 
     def store_flos(self) -> None:
-        if not self._measures:
+        if self._measures:
+            self._collect()
+        else:
             super().store_flos()
-            return
-        window = self._metrics.collect(self._reduce, flops=self._flops, replicas=self.get_tp_size())
-        self._pending = self._pending + window
-        self.state.total_flos += window.flops
-        if self.args.include_num_input_tokens_seen == "no":
-            self.state.num_input_tokens_seen += round(window.tokens)
+
+    def _collect(self) -> RouterWindow:
+        """The forward passes since the last call, on all ranks; they also join the window of the next log."""
+        window = self._metrics.collect(self._reduce, replicas=self.get_tp_size())
+        if self._measures:
+            self._pending = self._pending + window
+            self.state.total_flos += window.flops
+            if self.args.include_num_input_tokens_seen == "no":
+                self.state.num_input_tokens_seen += round(window.tokens)
+        return window
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._measures:
@@ -260,8 +276,8 @@ class HMoETrainer(Trainer):
         return answer[0]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._flops = forward_flops(self.model, self._option("flops_convention")) if self._measures else None
-        self._metrics, self._pending = RouterMetrics(), RouterWindow()
+        flops = forward_flops(self.model, self._option("flops_convention")) if self._counts else None
+        self._metrics, self._pending = RouterMetrics(flops), RouterWindow()
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._window_start, self._paused = time.perf_counter(), 0.0
         return prepared

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 import hmoe
 from hmoe.costs import moe_costs
 from hmoe.eval.observe import observe
-from hmoe.eval.statistics import RoutingStatistics, balance, load_by_size, max_over_min
+from hmoe.eval.statistics import RoutingStatistics, load_by_size
 from hmoe.eval.tokens import TokenRoutes
 
 from .observations import (
@@ -138,17 +138,6 @@ def test_a_dense_model_is_refused_by_name(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
     with pytest.raises(ValueError, match=r"'llama'.*not a mixture of experts.*baseline"):
         moe_costs(model)
-
-
-def test_balance_of_even_skewed_and_dead_experts():
-    even = balance([5, 5, 5, 5])
-    assert (even["max_over_min"], even["load_imbalance"], even["load_variation"]) == (1, 1, 0)
-    assert even["load_entropy_ratio"] == pytest.approx(1)
-    skewed = balance([97, 1, 2, 0])
-    assert skewed["max_over_min"] is None
-    assert skewed["load_imbalance"] == pytest.approx(97 / 25)
-    assert (skewed["dead_experts"], skewed["starved_experts"]) == (1, 3)
-    assert max_over_min([6, 3, 2]) == 3  # MoDSE Tables 7-8: max over min tokens per expert
 
 
 def test_load_by_size_pools_equal_sizes_of_all_layers():

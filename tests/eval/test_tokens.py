@@ -126,7 +126,7 @@ def test_top_tokens_have_the_largest_share_and_rare_ones_are_left_out():
     _, routes = filled("top_k")
     table, sizes = pool_by_size(routes.activations, routes.kept_sizes)
     assert sizes == [8, 16, 24, 32, 40]
-    for column, row in enumerate(top_tokens(routes, number=3, min_count=4)):
+    for column, row in enumerate(top_tokens(routes, num_tokens=3, min_count=4)):
         shares = {
             token: float(table[token, column] / table[token].sum())
             for token in range(VOCABULARY)

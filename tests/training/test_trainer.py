@@ -241,9 +241,8 @@ def run_padded(folder, accumulation, **arguments):
         folder,
         tiny_model(attention_dropout=0.0, parameter_penalty_loss_coef=0.0, load_balancing_loss_coef=0.0),
         padded_data(16),
-        max_steps=2,
         gradient_accumulation_steps=accumulation,
-        **arguments,
+        **{"max_steps": 2, "lr_scheduler_type": "constant", **arguments},
     )
     trainer.compute_metrics, trainer.preprocess_logits_for_metrics = NextTokenMetrics(), score_tokens
     trainer.args.batch_eval_metrics = True
@@ -260,12 +259,17 @@ def write_padded(folder, path, **arguments):
 
 
 def test_two_ranks_log_what_one_process_logs_on_the_same_global_batch(tmp_path):
-    """Nine rows to evaluate make the last batch of the ranks incomplete; no row may count twice."""
+    """Nine rows to evaluate make the last batch of the ranks incomplete; no row may count twice.
+
+    The ranks stop together when their FLOPs reach a budget that the second step of one process reached.
+    """
     path = tmp_path / "two.json"
-    processes = crash_runs.start(write_padded, tmp_path / "two", path, ranks=2, ddp_backend="gloo")
     one = run_padded(tmp_path / "one", accumulation=2)
+    budget = {"max_steps": 5, "max_train_flops": 0.9 * one["logs"][-1]["train_flops"]}
+    processes = crash_runs.start(write_padded, tmp_path / "two", path, ranks=2, ddp_backend="gloo", **budget)
     assert crash_runs.finish(processes) == 0
     two = json.loads(path.read_text())
+    assert len(two["logs"]) == len(one["logs"]) == 2
     assert two["eval"] == pytest.approx(one["eval"], rel=1e-5)
     assert two["eval"]["perplexity"] == pytest.approx(math.exp(two["eval"]["loss"]), rel=1e-5)
     for name in ("lm_loss", "tokens_seen", "train_flops", "experts_per_token", "activated_parameters"):
