@@ -8,6 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard
+
+from .suites import SUITES
+
 
 # Of the metrics that a task reports, the first of these is its score; other tasks show their own first metric.
 PREFERRED_METRICS = ("acc", "exact_match", "em", "f1", "mcc", "acc_norm")
@@ -84,7 +88,7 @@ def _top_tasks(results: dict[str, Any]) -> list[str]:
     nested = {task for tasks in members.values() for task in tasks}
 
     def expand(name: str) -> list[str]:
-        if name in members and (name in ("hmoe", "modse") or not _numbers(results["results"].get(name, {}))):
+        if name in members and (name in SUITES or not _numbers(results["results"].get(name, {}))):
             return [task for member in members[name] for task in expand(member)]
         return [name]
 
@@ -161,7 +165,7 @@ def _plus_minus(value: float | None, stderr: float | None, *, percent: bool = Tr
     return text if stderr is None else f"{text} ± {scale * stderr:.2f}"
 
 
-def _millions(value: float | None) -> str:
+def _abbreviated(value: float | None) -> str:
     if value is None:
         return "-"
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -182,8 +186,8 @@ def markdown(evaluations: list[Evaluation]) -> str:
         rows.append(
             [
                 evaluation.name,
-                _millions(evaluation.parameters),
-                _millions(evaluation.activated_parameters),
+                _abbreviated(evaluation.parameters),
+                _abbreviated(evaluation.activated_parameters),
                 ratio,
                 *cells,
                 _plus_minus(evaluation.average, evaluation.average_stderr),
@@ -221,8 +225,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def write_model_card(folder: Path, evaluation: Evaluation, note: str) -> Path:
     """Puts the scores of `evaluation` into the README.md of a model folder: the metadata that the Hub shows, and a
     section with the table, which replaces that of an earlier run. What else the card says is kept."""
-    from huggingface_hub import EvalResult, ModelCard
-
     path = folder / "README.md"
     card = (
         ModelCard.load(path)
