@@ -18,18 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#000000",
-)
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+_, ORANGE, _, VERMILION, _, SKY, BLACK = COLOURS
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLE: dict[Any, Any] = {
-    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK]) + cycler(marker=MARKERS),
+    "axes.prop_cycle": cycler(color=COLOURS) + cycler(marker=MARKERS),
     "axes.formatter.useoffset": False,
     "figure.constrained_layout.use": True,
     "grid.alpha": 0.3,

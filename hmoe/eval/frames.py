@@ -46,8 +46,8 @@ def _runs(result: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, An
     yield {"role": "model", "model": result["model"]["name"]}, result["model"]
     if result["baseline"]:
         yield {"role": "baseline", "model": f"baseline {result['baseline']['name']}"}, result["baseline"]
-    for number, run in enumerate(result["checkpoints"][:-1], start=1):
-        yield {"role": f"checkpoint {number}", "model": run["name"]}, run
+    for position, run in enumerate(result["checkpoints"][:-1], start=1):
+        yield {"role": f"checkpoint {position}", "model": run["name"]}, run
 
 
 def _model(named_run: tuple[dict[str, Any], dict[str, Any]]) -> dict[str, Any]:

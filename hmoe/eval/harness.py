@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import yaml
 
 import hmoe  # noqa: F401  (registers the model type)
 
-from .scores import Evaluation, as_json, markdown, read_evaluation, write_model_card
+from .scores import Evaluation, markdown, read_evaluation, write_model_card
 from .suites import SUITES, SUITES_FOLDER
 
 
@@ -194,7 +195,7 @@ def _report(evaluations: list[Evaluation], args: argparse.Namespace, models: lis
     print(f"\n{table}")
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        record = {"command": ["hmoe", "evaluate", *argv], "evaluations": as_json(evaluations)}
+        record = {"command": ["hmoe", "evaluate", *argv], "evaluations": list(map(asdict, evaluations))}
         (args.output_dir / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (args.output_dir / "results.md").write_text(table, encoding="utf-8")
         print(f"{args.output_dir / 'results.json'}, {args.output_dir / 'results.md'}")
