@@ -122,7 +122,7 @@ def _tasks(args: argparse.Namespace) -> tuple[list[str], Path | None]:
     folder = Path(args.offline_items).expanduser()
     available = {path.stem for path in folder.glob("*.yaml")} if args.offline_items else set()
     if not available:
-        raise ValueError(f"--offline_items {args.offline_items}: no folder of task files. {WRITE_ITEMS}")
+        raise ValueError(f"--offline_items takes a folder of task files, got {args.offline_items!r}. {WRITE_ITEMS}")
     members = _suite_members(args.suite) if args.suite else []
     missing = [task for task in members if task not in available]
     if missing:
