@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv quickstart test check format benchmark clean
+.PHONY: help venv quickstart test test-portable check format benchmark clean
 
 help:
 	@echo "make venv        create $(VENV) with the tested versions"
 	@echo "make quickstart  train, save, reload and evaluate a small HMoE on real text"
 	@echo "make test        the test suite"
+	@echo "make test-portable  tests that compare numbers, with the arithmetic of an older processor"
 	@echo "make check       lint, formatting, types"
 	@echo "make format      apply the lint fixes and the formatting"
 	@echo "make benchmark   time and memory beside Mixtral and Llama, into docs/performance.md"
@@ -33,6 +34,15 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# As on another processor: PyTorch, MKL and oneDNN without AVX sum in another order and have no fused multiply-add.
+OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
+NUMERIC := $(addprefix tests/,conversion distributed/test_parallel.py distributed/test_placement.py test_checkpoint_code.py \
+	test_experts_hmoe.py test_lora.py test_loss_scale.py test_losses_hmoe.py test_metrics.py test_modeling_hmoe.py \
+	test_routing.py training/test_packing.py training/test_trainer.py training/test_trl.py)
+
+test-portable: $(STAMP)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(OLD_PROCESSOR) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(NUMERIC)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -37,8 +37,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hmoe.training.arguments import HMoETrainingArguments
-from hmoe.training.options import DataOptions
+from hmoe.training.arguments import DataOptions, HMoETrainingArguments
 from hmoe.training.trainer import HMoETrainer
 
 

@@ -262,9 +262,8 @@ def _could_be_hub_id(source: str) -> bool:
 
 
 def _config_of_recipe(path: Path) -> Any:
-    from hmoe.training.arguments import known_fields
+    from hmoe.training.arguments import ModelOptions, known_fields
     from hmoe.training.model import build_config
-    from hmoe.training.options import ModelOptions
     from hmoe.training.recipe import read_recipe
 
     recipe = read_recipe(path, known_fields())

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from hmoe.training.options import DataOptions
+from hmoe.training.arguments import DataOptions
 
 
 logger = logging.get_logger(__name__)

@@ -1,7 +1,9 @@
 """Shared by all tests: a small config, and a fixed seed for everything random."""
 
 import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,12 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hmoe import HMoEConfig
+# Nor is what a user's caches hold for tests to read: code of checkpoints, encoded data sets, models.
+_CACHES = tempfile.TemporaryDirectory(prefix="hmoe-tests-")
+for _name in ("DATASETS", "HUB", "MODULES"):
+    os.environ[f"HF_{_name}_CACHE"] = os.path.join(_CACHES.name, _name.lower())
+
+from hmoe import HMoEConfig  # noqa: E402
 
 
 # The same examples on every run, and no time limit on any of them: CI machines are shared and slow.
@@ -23,6 +30,17 @@ settings.load_profile("hmoe")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def _empty_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("empty")
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(_empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths lead to an empty folder, never to what a user made in the checkout, such as runs/."""
+    monkeypatch.chdir(_empty_folder)
 
 
 @pytest.fixture(scope="session")

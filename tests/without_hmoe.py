@@ -23,7 +23,7 @@ sys.meta_path.insert(0, NotInstalled())
 def run_without_hmoe(code: str, *args: str | Path, home: Path) -> None:
     """Runs `code` offline with `args` as sys.argv[1:]; an AssertionError holds its stderr if it fails."""
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
         "HF_HOME": str(home),  # the cache of checkpoints' code and of data sets
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+
+from hmoe.heat_map import load_figure
 
 from .router_log import RouterWindow
 
@@ -25,9 +26,6 @@ logger = logging.getLogger(__name__)
 
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
-# Dark blue over green to yellow: ordered in lightness, so it reads in grey and for the colour-blind too.
-_COLORS = np.array([[0, 32, 77], [64, 77, 107], [124, 123, 120], [188, 175, 111], [255, 234, 70]], dtype=np.float32)
-_CELL = 16
 _MOST_HEAT_MAPS = 100
 
 
@@ -109,10 +107,7 @@ class JsonlMetrics(TrainerCallback):
 
 
 class RouterHeatMaps(TrainerCallback):
-    """Draws load by expert (columns, smallest first) and layer (rows, first on top) into TensorBoard.
-
-    Colours run from 0 to the largest share of the picture. At most about a hundred pictures per run.
-    """
+    """Draws the load by layer and expert ([`hmoe.heat_map`]) into TensorBoard, at most about a hundred times a run."""
 
     def __init__(self, tensorboard: TensorBoardCallback, window: Callable[[], RouterWindow | None], config: Any):
         self.tensorboard = tensorboard
@@ -133,23 +128,8 @@ class RouterHeatMaps(TrainerCallback):
         if writer is None or window is None or not window.expert_tokens or "loss" not in (logs or {}) or not due:
             return
         self._last_step = state.global_step
-        picture = draw_load(window.load(), self.sizes)
-        writer.add_image("router/load_by_layer_and_expert", picture, state.global_step, dataformats="HWC")
-
-
-def draw_load(load: list[list[float]], sizes: list[list[int]] | None = None) -> np.ndarray:
-    """A heat map [L * 16, E_max * 16, 3] of uint8; layers with fewer experts end in white."""
-    shares = np.full((len(load), max(map(len, load))), np.nan, dtype=np.float32)
-    for layer, row in enumerate(load):
-        order = sorted(range(len(row)), key=lambda expert: sizes[layer][expert] if sizes else expert)
-        shares[layer, : len(row)] = [row[expert] for expert in order]
-    largest = max(max(row) for row in load)
-    position = shares / (largest or 1.0) * (len(_COLORS) - 1)
-    left = np.clip(np.nan_to_num(position).astype(int), 0, len(_COLORS) - 2)
-    mix = (np.nan_to_num(position) - left)[..., None]
-    colors = _COLORS[left] * (1 - mix) + _COLORS[left + 1] * mix  # [L, E_max, 3]
-    colors[np.isnan(shares)] = 255
-    return colors.round().astype(np.uint8).repeat(_CELL, axis=0).repeat(_CELL, axis=1)
+        figure = load_figure(window.load(), self.sizes)
+        writer.add_figure("router/load_by_layer_and_expert", figure, state.global_step)
 
 
 class StopOnSigterm(TrainerCallback):

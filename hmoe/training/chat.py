@@ -1,82 +1,15 @@
-"""From rows of text or chats to token ids, on one side of the split between training and validation."""
+"""Conversations as token ids, with labels on the answers."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .documents import TRAIN_ON_ALL, Split
 from .packing import IGNORE
-
-
-@dataclass(frozen=True)
-class Side:
-    """The documents of a split: those whose hash lies below `fraction` (`held_out`), or the others.
-
-    The hash is of the text, so the split depends on nothing else, and copies of a text are on the same side.
-    """
-
-    fraction: float = 0.0
-    held_out: bool = False
-
-    def takes(self, text: str) -> bool:
-        if self.fraction == 0:
-            return not self.held_out
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return (int.from_bytes(digest, "big") < self.fraction * 2**64) == self.held_out
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """Documents of token ids, each ended by EOS, from texts.
-
-    An empty document gives an empty list, so that it can be counted. `bad` counts characters that the reader put in
-    place of bytes that are not UTF-8.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    side: Side = Side()
-    separator: re.Pattern[str] | None = None
-    add_bos: bool = False
-
-    def __post_init__(self) -> None:
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token, which separates documents: set its `eos_token`")
-        if self.add_bos and self.tokenizer.bos_token_id is None:
-            raise ValueError("`add_bos` is set, but the tokenizer has no BOS token: leave it out")
-
-    def __call__(self, texts: list[str | None]) -> dict[str, list[Any]]:
-        """Columns `input_ids` and `bad`, one entry a document of this side."""
-        documents = [
-            part for text in texts for part in self.split(text or "", self.separator) if self.side.takes(part)
-        ]
-        filled = [text for text in documents if text]
-        encoded = iter(self._ids(filled) if filled else [])  # a tokenizer refuses an empty batch
-        begin = [self.tokenizer.bos_token_id] if self.add_bos else []
-        columns: dict[str, list[Any]] = {"input_ids": [], "bad": []}
-        for text in documents:
-            tokens = [*begin, *next(encoded), self.tokenizer.eos_token_id] if text else []
-            columns["input_ids"].append(np.asarray(tokens, dtype=np.int32))
-            columns["bad"].append(text.count("\ufffd"))
-        return columns
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-    @staticmethod
-    def split(text: str, separator: re.Pattern[str] | None) -> list[str]:
-        """The documents of a text; an empty text is one empty document."""
-        text = text.removeprefix("\ufeff")
-        if separator is None:
-            return [text.strip("\n")] if text.strip() else [""]
-        # What stands before the first separator is a document only if it holds something.
-        parts = [part.strip("\n") for part in separator.split(text)]
-        return [part for part in parts if part.strip()]
 
 
 @dataclass(frozen=True)
@@ -96,7 +29,7 @@ class ChatEncoder:
     messages: str = "messages"
     prompt: str | None = None
     answer: str | None = None
-    side: Side = Side()
+    split: Split = TRAIN_ON_ALL
 
     def __post_init__(self) -> None:
         if self.prompt is None and not self.tokenizer.chat_template:
@@ -113,7 +46,7 @@ class ChatEncoder:
         """Columns `input_ids`, `labels`, `cut`; `labels` are all -100 where no answer is left."""
         columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "cut": []}
         for values in zip(*(rows[name] for name in self.columns)):
-            if not self.side.takes(json.dumps(values, sort_keys=True, default=str)):
+            if not self.split.takes(json.dumps(values, sort_keys=True, default=str)):
                 continue
             ids, is_answer = self._pair(*values) if self.prompt else self._conversation(values[0])
             labels = [token if answer else IGNORE for token, answer in zip(ids, is_answer)]
@@ -149,11 +82,11 @@ class ChatEncoder:
 
     def _answer_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
         spans = []
-        for number, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
-            before = self._render(messages[:number], prompt=True) if number else ""
-            after = self._render(messages[: number + 1])
+            before = self._render(messages[:index], prompt=True) if index else ""
+            after = self._render(messages[: index + 1])
             if not (text.startswith(before) and text.startswith(after)):
                 raise ValueError(
                     "the chat template renders a conversation differently once more messages follow, so the answers "

@@ -8,10 +8,11 @@ accelerate launch --config_file examples/accelerate/fsdp2.yaml -m hmoe.training 
 from __future__ import annotations
 
 import sys
-import textwrap
-from dataclasses import MISSING, fields
 
-from .options import SECTIONS
+from .arguments import DataOptions, LoraOptions, ModelOptions, RunOptions, TokenizerOptions
+from .checkpointing import CheckpointError
+from .recipe import make_parser, parse_arguments
+from .runner import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,16 +20,11 @@ def main(argv: list[str] | None = None) -> int:
     that cannot be read or written."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(help_text())
+        make_parser((ModelOptions, TokenizerOptions, DataOptions, LoraOptions, RunOptions)).print_help()
         return 0
-    from .arguments import make_parser, parse_arguments
-
     if "--help_all" in argv:
         make_parser().print_help()
         return 0
-    from .checkpointing import CheckpointError
-    from .runner import Run
-
     try:
         try:
             run = Run(parse_arguments(argv))
@@ -40,23 +36,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hmoe train: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def help_text() -> str:
-    """What `--help` prints, made without Transformers."""
-    lines = [
-        "usage: hmoe train --config RECIPE.yaml [--field value ...]",
-        "",
-        "A field stands in the recipe, at the top or in a section, or on the command line, which wins.",
-        "Every field of transformers.TrainingArguments is one too; --help_all lists them.",
-    ]
-    for section in SECTIONS:
-        lines += ["", f"{section._argument_group_name}: {section.__doc__}"]
-        for option in fields(section):
-            default = option.default if option.default is not MISSING else []
-            note = "" if default in (None, []) else f" (default: {default})"
-            text = textwrap.wrap(
-                option.metadata["help"] + note, 116, initial_indent="      ", subsequent_indent="      "
-            )
-            lines += [f"  --{option.name}", *text]
-    return "\n".join(lines)

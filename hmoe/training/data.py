@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ from transformers.utils import logging
 from hmoe import __version__
 from hmoe.sources import Source, check_columns, compile_separator, load_source
 
-from .chat import ChatEncoder, Side, TextEncoder
-from .options import DataOptions
+from .arguments import DataOptions
+from .chat import ChatEncoder
+from .documents import Split, TextEncoder
 from .packing import IGNORE, MixedDataset, PackedDataset, PackedStream, flatten_batch
 
 
@@ -80,17 +82,19 @@ def build_data(
     """
     sources = [Source.parse(entry) for entry in options.dataset]
     weights = mixture_weights(sources, streaming=options.streaming)
-    wanted = _Wanted(options, tokenizer, length, sources, weights, seed)
+    request = _Request(options, tokenizer, length, sources, weights, seed)
     if options.task == "instruct":
-        return _build_instruct(wanted)
-    data = _build_stream(wanted) if options.streaming else _build_packed(wanted)
-    if flatten and wanted.within:
+        return _build_instruct(request)
+    data = _build_stream(request) if options.streaming else _build_packed(request)
+    if flatten and request.within:
         data.collate = flatten_batch
     return data
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Request:
+    """The arguments of [`build_data`], read."""
+
     options: DataOptions
     tokenizer: PreTrainedTokenizerBase
     length: int
@@ -103,20 +107,20 @@ class _Wanted:
         return self.options.document_attention == "within"
 
     @property
-    def train_side(self) -> Side:
-        return Side(self.options.validation_fraction)
+    def train_split(self) -> Split:
+        return Split(self.options.validation_fraction)
 
     @property
-    def validation(self) -> tuple[list[Source], Side]:
+    def validation(self) -> tuple[list[Source], Split]:
         """Where validation documents come from: sources of their own, whole, or a part of the training sources."""
         if self.options.validation_dataset:
-            return [Source.parse(entry) for entry in self.options.validation_dataset], Side(1.0, held_out=True)
+            return [Source.parse(entry) for entry in self.options.validation_dataset], Split(1.0, held_out=True)
         fraction = self.options.validation_fraction
-        return (self.sources if fraction else []), Side(fraction, held_out=True)
+        return (self.sources if fraction else []), Split(fraction, held_out=True)
 
-    def text_encoder(self, side: Side) -> TextEncoder:
+    def text_encoder(self, split: Split) -> TextEncoder:
         options = self.options
-        return TextEncoder(self.tokenizer, side, compile_separator(options.document_separator), options.add_bos)
+        return TextEncoder(self.tokenizer, split, compile_separator(options.document_separator), options.add_bos)
 
 
 def mixture_weights(sources: list[Source], *, streaming: bool) -> list[float] | None:
@@ -139,35 +143,35 @@ def mixture_weights(sources: list[Source], *, streaming: bool) -> list[float] | 
     return [1.0] if streaming else None
 
 
-def _build_packed(wanted: _Wanted) -> TrainingData:
+def _build_packed(request: _Request) -> TrainingData:
     parts: list[DataPart] = []
 
-    def packed(source: Source, side: Side) -> PackedDataset:
-        tokenized = _tokenize(source, wanted, side)
-        data = PackedDataset(tokenized, wanted.length, within=wanted.within)
+    def packed(source: Source, split: Split) -> PackedDataset:
+        tokenized = _tokenize(source, request, split)
+        data = PackedDataset(tokenized, request.length, within=request.within)
         documents = int((_document_lengths(tokenized) > 0).sum())
-        parts.append(DataPart(source, side.held_out, documents, data.num_tokens))
+        parts.append(DataPart(source, split.held_out, documents, data.num_tokens))
         return data
 
-    train = [packed(source, wanted.train_side) for source in wanted.sources]
-    for part, source in zip(train, wanted.sources):
+    train = [packed(source, request.train_split) for source in request.sources]
+    for part, source in zip(train, request.sources):
         if not len(part):
             raise ValueError(
                 f"{source.path!r} holds {part.num_tokens} tokens to train on, fewer than one sequence of "
-                f"{wanted.length}: add text, or lower `sequence_length`"
+                f"{request.length}: add text, or lower `sequence_length`"
             )
-    chosen, side = wanted.validation
-    validation = [packed(source, side) for source in chosen]
+    chosen, split = request.validation
+    validation = [packed(source, split) for source in chosen]
     if validation and not sum(map(len, validation)):
         tokens = sum(part.num_tokens for part in validation)
         raise ValueError(
-            f"the validation data hold {tokens} tokens, fewer than one sequence of {wanted.length}: raise "
-            f"`validation_fraction` (now {wanted.options.validation_fraction}), name a larger `validation_dataset`, "
+            f"the validation data hold {tokens} tokens, fewer than one sequence of {request.length}: raise "
+            f"`validation_fraction` (now {request.options.validation_fraction}), name a larger `validation_dataset`, "
             "or lower `sequence_length`. A file is one document unless `text_documents` or `document_separator` say "
             "otherwise"
         )
-    train_data = train[0] if len(train) == 1 else MixedDataset(train, wanted.weights)
-    held_out = _first(validation, wanted.options.max_validation_sequences)
+    train_data = train[0] if len(train) == 1 else MixedDataset(train, request.weights)
+    held_out = _first(validation, request.options.max_validation_sequences)
     return TrainingData(train_data, held_out, default_data_collator, parts)
 
 
@@ -194,16 +198,16 @@ def _raw(source: Source, options: DataOptions) -> tuple[Any, str]:
     return dataset, column
 
 
-def _tokenize(source: Source, wanted: _Wanted, side: Side) -> Any:
-    options = wanted.options
+def _tokenize(source: Source, request: _Request, split: Split) -> Any:
+    options = request.options
     dataset, column = _raw(source, options)
-    # Known beforehand, so that a side without documents is an empty data set and not an error.
+    # Known beforehand, so that a split without documents is an empty data set and not an error.
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "bad": datasets.Value("int64")})
     tokenized = _cached_map(
         dataset,
-        partial(_encode_column, wanted.text_encoder(side), column),
-        ("text", column, side, options.document_separator, options.add_bos),
-        wanted,
+        partial(_encode_column, request.text_encoder(split), column),
+        ("text", column, split, options.document_separator, options.add_bos),
+        request,
         features,
     )
     _warn_of_documents(tokenized, source)
@@ -221,16 +225,16 @@ def _refuse_value(column: str, value: Any) -> str:
 
 
 def _cached_map(
-    dataset: Any, function: Callable, identity: tuple, wanted: _Wanted, features: datasets.Features | None = None
+    dataset: Any, function: Callable, identity: tuple, request: _Request, features: datasets.Features | None = None
 ) -> Any:
     # The fingerprint that `datasets` would take from a tokenizer changes once it has been used.
-    known = (dataset._fingerprint, __version__, *identity, _tokenizer_identity(wanted.tokenizer))
+    known = (dataset._fingerprint, __version__, *identity, _tokenizer_identity(request.tokenizer))
     return dataset.map(
         function,
         batched=True,
         remove_columns=dataset.column_names,
         features=features,
-        num_proc=wanted.options.preprocessing_workers,
+        num_proc=request.options.preprocessing_workers,
         new_fingerprint=Hasher.hash(known),
         desc="Tokenizing",
     )
@@ -265,28 +269,28 @@ def _document_lengths(tokenized: Any) -> NDArray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(chunk.offsets.to_numpy()) for chunk in chunks)])
 
 
-def _build_stream(wanted: _Wanted) -> TrainingData:
-    def stream(sources: list[Source], side: Side, weights: list[float]) -> PackedStream:
-        raw = [_raw(source, wanted.options) for source in sources]
+def _build_stream(request: _Request) -> TrainingData:
+    def stream(sources: list[Source], split: Split, weights: list[float]) -> PackedStream:
+        raw = [_raw(source, request.options) for source in sources]
         rows = [dataset.select_columns([column]) for dataset, column in raw]
-        if not side.held_out:
-            buffer = wanted.options.shuffle_buffer
-            rows = [dataset.shuffle(seed=wanted.seed, buffer_size=buffer) for dataset in rows]
-        encode = _StreamEncoder(wanted.text_encoder(side), sources, [column for _, column in raw])
-        return PackedStream(rows, weights, encode, wanted.length, within=wanted.within, seed=wanted.seed)
+        if not split.held_out:
+            buffer = request.options.shuffle_buffer
+            rows = [dataset.shuffle(seed=request.seed, buffer_size=buffer) for dataset in rows]
+        encode = _StreamEncoder(request.text_encoder(split), sources, [column for _, column in raw])
+        return PackedStream(rows, weights, encode, request.length, within=request.within, seed=request.seed)
 
-    assert wanted.weights is not None
-    train = stream(wanted.sources, wanted.train_side, wanted.weights)
-    parts = [DataPart(source, held_out=False) for source in wanted.sources]
-    chosen, side = wanted.validation
+    assert request.weights is not None
+    train = stream(request.sources, request.train_split, request.weights)
+    parts = [DataPart(source, held_out=False) for source in request.sources]
+    chosen, split = request.validation
     if not chosen:
         return TrainingData(train, None, default_data_collator, parts)
-    limit = wanted.options.max_validation_sequences or STREAM_VALIDATION_SEQUENCES
-    validation = list(islice(stream(chosen, side, [1.0] * len(chosen)).first_pass(), limit))
+    limit = request.options.max_validation_sequences or STREAM_VALIDATION_SEQUENCES
+    validation = list(islice(stream(chosen, split, [1.0] * len(chosen)).first_pass(), limit))
     if not validation:
         raise ValueError(
-            f"the validation documents of the stream fill no sequence of {wanted.length}: raise `validation_fraction` "
-            f"(now {wanted.options.validation_fraction}), or lower `sequence_length`"
+            f"the validation documents of the stream fill no sequence of {request.length}: raise "
+            f"`validation_fraction` (now {request.options.validation_fraction}), or lower `sequence_length`"
         )
     parts += [DataPart(source, held_out=True) for source in chosen]
     return TrainingData(train, validation, default_data_collator, parts)
@@ -299,14 +303,14 @@ class _StreamEncoder:
     encoder: TextEncoder
     sources: list[Source]
     columns: list[str]
-    told: set[int] = field(default_factory=set)
+    warned: set[int] = field(default_factory=set)
 
-    def __call__(self, number: int, rows: list[dict[str, Any]]) -> list[NDArray]:
-        encoded = self.encoder([_text_of(row, self.columns[number]) for row in rows])
-        if number not in self.told and any(encoded["bad"]):
-            self.told.add(number)
+    def __call__(self, index: int, rows: list[dict[str, Any]]) -> list[NDArray]:
+        encoded = self.encoder([_text_of(row, self.columns[index]) for row in rows])
+        if index not in self.warned and any(encoded["bad"]):
+            self.warned.add(index)
             logger.warning(
-                f"{self.sources[number].path}: documents hold bytes that are not UTF-8, replaced by U+FFFD (said once)"
+                f"{self.sources[index].path}: documents hold bytes that are not UTF-8, replaced by U+FFFD (said once)"
             )
         return [ids for ids in encoded["input_ids"] if len(ids)]
 
@@ -316,51 +320,57 @@ def _text_of(row: dict[str, Any], column: str) -> str:
     return value if isinstance(value, str) else _refuse_value(column, value)
 
 
-def _build_instruct(wanted: _Wanted) -> TrainingData:
-    options, tokenizer = wanted.options, wanted.tokenizer
+def _build_instruct(request: _Request) -> TrainingData:
+    options = request.options
     if options.streaming:
         raise ValueError("`streaming` is for `task`='pretrain': instruction data are small, leave it out")
     parts: list[DataPart] = []
 
-    def encoded(source: Source, side: Side) -> Any:
-        rows = _encode_source(source, wanted, side)
-        parts.append(DataPart(source, side.held_out, len(rows)))
+    def encoded(source: Source, split: Split) -> Any:
+        rows = _encode_source(source, request, split)
+        parts.append(DataPart(source, split.held_out, len(rows)))
         return rows
 
-    train = [encoded(source, wanted.train_side) for source in wanted.sources]
-    for part, source in zip(train, wanted.sources):
+    train = [encoded(source, request.train_split) for source in request.sources]
+    for part, source in zip(train, request.sources):
         if not len(part):
-            raise ValueError(f"{source.path!r} holds no conversation with an answer within {wanted.length} tokens")
-    chosen, side = wanted.validation
-    validation = [part for part in (encoded(source, side) for source in chosen) if len(part)]
+            raise ValueError(f"{source.path!r} holds no conversation with an answer within {request.length} tokens")
+    chosen, split = request.validation
+    validation = [part for part in (encoded(source, split) for source in chosen) if len(part)]
     if chosen and not validation:
         raise ValueError(
             f"`validation_fraction`={options.validation_fraction} holds out no conversation: raise it, or name a "
             "`validation_dataset`"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     held_out = datasets.concatenate_datasets(validation) if validation else None
     if held_out is not None and options.max_validation_sequences is not None:
         held_out = held_out.select(range(min(options.max_validation_sequences, len(held_out))))
-    train_data = train[0] if len(train) == 1 else MixedDataset(train, wanted.weights)
-    collate = DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=IGNORE)
+    train_data = train[0] if len(train) == 1 else MixedDataset(train, request.weights)
+    collate = DataCollatorForSeq2Seq(with_padding(request.tokenizer), padding=True, label_pad_token_id=IGNORE)
     return TrainingData(train_data, held_out, collate, parts)
 
 
-def _encode_source(source: Source, wanted: _Wanted, side: Side) -> Any:
-    options = wanted.options
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy that pads with EOS where it has no padding token."""
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _encode_source(source: Source, request: _Request, split: Split) -> Any:
+    options = request.options
     encoder = ChatEncoder(
-        wanted.tokenizer, wanted.length, options.messages_column, options.prompt_column, options.answer_column, side
+        request.tokenizer, request.length, options.messages_column, options.prompt_column, options.answer_column, split
     )
     dataset = load_source(source, options)
     option = "messages_column" if options.prompt_column is None else "prompt_column, answer_column"
     check_columns(dataset, encoder.columns, source, option)
     if options.max_documents is not None:
         dataset = dataset.select(range(min(options.max_documents, len(dataset))))
-    identity = ("chat", encoder.columns, side, wanted.length)
-    rows = _cached_map(dataset, partial(_encode_chats, encoder), identity, wanted)
-    return _keep_answers(rows, source, wanted.length)
+    identity = ("chat", encoder.columns, split, request.length)
+    rows = _cached_map(dataset, partial(_encode_chats, encoder), identity, request)
+    return _keep_answers(rows, source, request.length)
 
 
 def _encode_chats(encoder: ChatEncoder, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:

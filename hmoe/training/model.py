@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hmoe.configuration_hmoe import HMoEConfig
 
-from .options import LoraOptions, ModelOptions
+from .arguments import LoraOptions, ModelOptions
 
 
 logger = logging.get_logger(__name__)

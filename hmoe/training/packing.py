@@ -84,17 +84,17 @@ class PackedDataset(Dataset):
         begin = (index % len(self)) * self.length
         end = begin + self.length
         chunks, tokens, starts = self.chunks, [], [np.zeros(1, dtype=np.int64)]
-        number, taken = bisect_right(self._ends, begin), 0
+        chunk, taken = bisect_right(self._ends, begin), 0
         while taken < self.length:
-            values, offsets = chunks[number]
-            first = int(offsets[0]) + begin + taken - (self._ends[number - 1] if number else 0)
+            values, offsets = chunks[chunk]
+            first = int(offsets[0]) + begin + taken - (self._ends[chunk - 1] if chunk else 0)
             last = min(first + self.length - taken, int(offsets[-1]))
             tokens.append(values[first:last])
             if self.within:
                 inside = offsets[np.searchsorted(offsets, first) : np.searchsorted(offsets, last)]
                 starts.append(inside.astype(np.int64) - first + taken)
             taken += last - first
-            number += 1
+            chunk += 1
         assert begin + taken == end
         return make_sequence(np.concatenate(tokens), np.concatenate(starts) if self.within else None)
 
@@ -134,7 +134,7 @@ class PackedStream(IterableDataset):
     Args:
         sources: `datasets.IterableDataset`s of raw rows, already shuffled with a seed.
         weights: how often a sequence comes from each source.
-        encode: documents of token ids from some raw rows of one source, given its number.
+        encode: documents of token ids from some raw rows of one source, given its index.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         choose = np.random.default_rng([self.seed, worker.id if worker else 0])
-        streams = [self._sequences(self._documents(number)) for number in range(len(self.sources))]
+        streams = [self._sequences(self._documents(index)) for index in range(len(self.sources))]
         while True:
             sequence = next(streams[choose.choice(len(streams), p=self.weights)], None)
             if sequence is None:
@@ -166,16 +166,16 @@ class PackedStream(IterableDataset):
 
     def first_pass(self) -> Iterator[dict[str, Tensor]]:
         """The sequences of one pass over the sources, one source after another."""
-        for number in range(len(self.sources)):
-            yield from self._sequences(self._documents(number, passes=1))
+        for index in range(len(self.sources)):
+            yield from self._sequences(self._documents(index, passes=1))
 
-    def _documents(self, number: int, passes: int | None = None) -> Iterator[NDArray]:
+    def _documents(self, index: int, passes: int | None = None) -> Iterator[NDArray]:
         epoch = 0
         while passes is None or epoch < passes:
-            self.sources[number].set_epoch(epoch)
-            rows, found = iter(self.sources[number]), False
+            self.sources[index].set_epoch(epoch)
+            rows, found = iter(self.sources[index]), False
             while batch := list(islice(rows, STREAM_BATCH)):
-                for document in self.encode(number, batch):
+                for document in self.encode(index, batch):
                     found = True
                     yield document
             if not found:

@@ -1,18 +1,85 @@
-"""Reading YAML recipes and merging them with command-line words."""
+"""YAML recipes and command-line words into the arguments of a run; the command line wins."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .arguments import (
+    OPTION_TYPES,
+    DataOptions,
+    HMoETrainingArguments,
+    LoraOptions,
+    ModelOptions,
+    TokenizerOptions,
+    known_fields,
+)
 
 
 SECTIONS = ("model", "tokenizer", "data", "lora", "training")
+# Mappings that a recipe may hold; one key of them is set with --NAME.KEY VALUE.
+MAPPINGS = ("model_config", "distributed", *sorted(TrainingArguments._VALID_DICT_FIELDS))
+USAGE = "hmoe train --config RECIPE.yaml [--field value ...]"
+DESCRIPTION = (
+    "A field stands in the recipe, at the top or in a section, or on the command line, which wins. Every field of "
+    "transformers.TrainingArguments is one too; --help_all lists them."
+)
+
+
+@dataclass
+class Arguments:
+    """The arguments of a run; `recipe` holds the final values of what recipe and command line set, flat."""
+
+    model: ModelOptions
+    tokenizer: TokenizerOptions
+    data: DataOptions
+    lora: LoraOptions
+    training: HMoETrainingArguments
+    recipe: dict[str, Any]
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Arguments from `--config recipe.yaml --field value ...`; later values win, the command line over the recipe.
+
+    Raises:
+        ValueError: for an unknown key (with the nearest one), a value of the wrong type, or values that exclude each
+            other.
+    """
+    config_parser = _Parser([], add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config", action="append", default=[])
+    configs, rest = config_parser.parse_known_args(argv)
+    recipe: dict[str, Any] = {}
+    for path in configs.config:
+        recipe = merge(recipe, read_recipe(path, known_fields()))
+    overrides, rest = take_dotted(rest, MAPPINGS)
+    recipe = merge(recipe, overrides)
+    parser = make_parser()
+    parser.set_defaults(**{name: None for name, value in recipe.items() if value is None})
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        [*as_argv(recipe), *rest], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(_unknown_argument(unknown))
+    model, tokenizer, data, lora, training = parsed
+    return Arguments(model, tokenizer, data, lora, training, recipe=_given(parsed, recipe, rest))
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def make_parser(option_types: Sequence[type] = OPTION_TYPES) -> HfArgumentParser:
+    """The parser of `hmoe train`, for all fields or for those of some classes."""
+    return _Parser(option_types, prog="hmoe train", usage=USAGE, description=DESCRIPTION, allow_abbrev=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,20 +98,17 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, Any]:
+def read_recipe(path: str | Path, known: Collection[str], extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The fields a YAML recipe sets, flat, whether it has sections or not; `known` are those there are.
 
+    `extends: other.yaml` takes the fields of another recipe, named relative to this one, which this one overrides.
+
     Raises:
-        ValueError: if it is not a mapping, names an unknown key, or sets a key twice.
+        ValueError: if it is not a mapping, names an unknown key, sets a key twice, or extends itself.
     """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ValueError(f"cannot read recipe {str(path)!r}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {str(path)!r} must map keys to values, it holds {type(content).__name__}")
+    path = Path(path)
+    content = _read_mapping(path)
+    base = content.pop("extends", None)
     flat: dict[str, Any] = {}
     for key, value in content.items():
         entries = value.items() if key in SECTIONS and isinstance(value, dict) else [(key, value)]
@@ -55,29 +119,31 @@ def read_recipe(path: str | Path, known: Collection[str]) -> dict[str, Any]:
     for name in flat:
         if name not in known:
             raise ValueError(f"recipe {str(path)!r}: unknown key `{name}`{nearest(name, known)}")
-    return flat
+    if base is None:
+        return flat
+    if not isinstance(base, str):
+        raise ValueError(f"recipe {str(path)!r}: `extends` must name one recipe file, got {base!r}")
+    below = path.parent / base
+    if below.resolve() in (path.resolve(), *extended_by):
+        raise ValueError(f"recipe {str(path)!r} extends {base!r}, which extends it: remove one of the two `extends`")
+    return merge(read_recipe(below, known, (*extended_by, path.resolve())), flat)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ValueError(f"cannot read recipe {str(path)!r}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {str(path)!r} must map keys to values, it holds {type(content).__name__}")
+    return content
 
 
 def nearest(name: str, known: Collection[str]) -> str:
     nearest = get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f", did you mean `{nearest[0]}`?" if nearest else "; `hmoe train --help_all` lists the keys"
-
-
-def take_configs(argv: list[str]) -> tuple[list[str], list[str]]:
-    paths, rest, position = [], [], 0
-    while position < len(argv):
-        word = argv[position]
-        if word == "--config":
-            if position + 1 == len(argv):
-                raise ValueError("`--config` names no file")
-            paths.append(argv[position + 1])
-            position += 1
-        elif word.startswith("--config="):
-            paths.append(word.partition("=")[2])
-        else:
-            rest.append(word)
-        position += 1
-    return paths, rest
 
 
 def take_dotted(argv: list[str], mappings: Collection[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -123,3 +189,24 @@ def _word(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return json.dumps(value)
     return str(value)
+
+
+def _unknown_argument(words: list[str]) -> str:
+    for word in words:
+        if word.startswith("--"):
+            name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+            return f"unknown argument `--{name}`{nearest(name, known_fields())}"
+    return f"unexpected words {words}: every argument is `--field value`"
+
+
+def _given(parsed: list[Any], recipe: Mapping[str, Any], argv: list[str]) -> dict[str, Any]:
+    """The final values of all fields that recipe or command line name."""
+    flags = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    flags |= {flag.removeprefix("no_") for flag in flags}
+    values: dict[str, Any] = {}
+    for options in parsed:
+        for f in fields(options):
+            if f.init and (f.name in recipe or f.name in flags):
+                value = getattr(options, f.name)
+                values[f.name] = getattr(value, "value", value)
+    return {name: value for name, value in values.items() if name not in ("hub_token",)}

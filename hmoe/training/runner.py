@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import yaml
 from transformers import set_seed
 
 from hmoe.costs import ForwardFlops, forward_flops
+from hmoe.metrics import NextTokenMetrics, score_tokens
 
-from .arguments import Arguments
 from .budget import BudgetCallback, steps_for_budget, tokens_per_step
 from .card import push_folder, write_model_card
-from .data import build_data
+from .data import build_data, with_padding
 from .model import add_lora, build_config, build_model
+from .recipe import Arguments
 from .tokenizer import build_tokenizer
 from .trainer import HMoETrainer
 
@@ -28,7 +30,7 @@ class Run:
 
     def __init__(self, arguments: Arguments):
         self.arguments = arguments
-        args = arguments.training
+        self.args = args = copy(arguments.training)  # the budgets set its number of steps
         self.output_dir = Path(str(args.output_dir))
         resuming = self._is_resuming()
         set_seed(args.seed)
@@ -36,6 +38,8 @@ class Run:
             self.tokenizer = build_tokenizer(
                 arguments.tokenizer, arguments.model, arguments.data, self.output_dir, resuming=resuming
             )
+        if arguments.data.task == "instruct":
+            self.tokenizer = with_padding(self.tokenizer)
         config = build_config(arguments.model, self.tokenizer)
         self.length = self._sequence_length(config)
         with args.main_process_first(desc="data"):
@@ -66,7 +70,7 @@ class Run:
         )
 
     def _is_resuming(self) -> bool:
-        args = self.arguments.training
+        args = self.args
         checkpoints = sorted(self.output_dir.glob("checkpoint-*"))
         if args.resume == "never" and checkpoints:
             raise ValueError(
@@ -90,7 +94,7 @@ class Run:
         return length
 
     def _check_evaluation(self) -> None:
-        strategy = self.arguments.training.eval_strategy
+        strategy = self.args.eval_strategy
         if strategy != "no" and self.data.validation is None:
             raise ValueError(
                 f"`eval_strategy`={getattr(strategy, 'value', strategy)!r} but there are no validation data: give "
@@ -101,14 +105,12 @@ class Run:
         """What `Trainer` needs to report next-token accuracy and perplexity, batch by batch."""
         if self.data.validation is None:
             return {}
-        from hmoe.metrics import NextTokenMetrics, score_tokens
-
-        self.arguments.training.batch_eval_metrics = True
+        self.args.batch_eval_metrics = True
         return {"compute_metrics": NextTokenMetrics(), "preprocess_logits_for_metrics": score_tokens}
 
     def _plan_steps(self, flops: ForwardFlops) -> None:
         """Sets `max_steps` from the budgets; conversations vary in length, so there the callback alone counts."""
-        args = self.arguments.training
+        args = self.args
         if self.arguments.data.task == "pretrain":
             args.max_steps = steps_for_budget(
                 flops,
@@ -124,7 +126,7 @@ class Run:
             )
 
     def _budgets(self, model: Any) -> list[Any]:
-        args = self.arguments.training
+        args = self.args
         if args.max_train_tokens is None and args.max_train_flops is None:
             return []
         return [
@@ -138,7 +140,7 @@ class Run:
 
     def train(self) -> dict[str, float]:
         """Trains, evaluates, saves model, tokenizer, metrics and card; returns the metrics."""
-        trainer, args = self.trainer, self.arguments.training
+        trainer, args = self.trainer, self.args
         self._save_recipe()
         output = trainer.train(resume_from_checkpoint=None if args.resume == "never" else args.resume)
         metrics = dict(output.metrics)
@@ -169,7 +171,7 @@ class Run:
 
     def _publish(self, metrics: dict[str, float]) -> None:
         """The model card, from what the run measured, and the final folder to the Hub with `push_to_hub`."""
-        trainer, args = self.trainer, self.arguments.training
+        trainer, args = self.trainer, self.args
         if not trainer.is_world_process_zero():
             return
         write_model_card(trainer.model, self.tokenizer, args, self.output_dir, self._run_info(metrics))
@@ -190,7 +192,7 @@ class Run:
             "tokens": state.num_input_tokens_seen,
             "flops": state.total_flos,
             "seconds": metrics.get("train_runtime"),
-            "processes": self.arguments.training.world_size,
+            "processes": self.args.world_size,
             "losses": window.mean_losses() if window else {},
             "load": window.load() if window else None,
             "evaluation": {

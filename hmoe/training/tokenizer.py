@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from hmoe.sources import Source, check_columns, compile_separator, load_source
 
-from .chat import Side, TextEncoder
-from .options import DataOptions, ModelOptions, TokenizerOptions
+from .arguments import DataOptions, ModelOptions, TokenizerOptions
+from .documents import Split, split_text
 
 
 logger = logging.get_logger(__name__)
@@ -83,7 +83,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def corpus_texts(data: DataOptions, max_bytes: int) -> Iterator[str]:
     """Training documents of all sources, about the same share of `max_bytes` from each."""
     options = replace(data, streaming=True)
-    side = Side(data.validation_fraction)
+    split = Split(data.validation_fraction)
     separator = compile_separator(data.document_separator)
     for source in (Source.parse(entry) for entry in data.dataset):
         rows = load_source(source, options)
@@ -92,8 +92,8 @@ def corpus_texts(data: DataOptions, max_bytes: int) -> Iterator[str]:
             check_columns(rows, [column], source, "text_column")
         left = max_bytes // len(data.dataset)
         for row in rows:
-            for text in TextEncoder.split(_row_text(row, column, data), separator):
-                if side.takes(text):
+            for text in split_text(_row_text(row, column, data), separator):
+                if split.takes(text):
                     yield text
                     left -= len(text.encode("utf-8", "replace"))
             if left <= 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.rounding import step_rounding
 from ranks import BACKENDS, Case, run_cases, run_ranks
 from torch import Tensor
 
@@ -103,6 +104,7 @@ def one_process(folder) -> dict[str, dict[str, Any]]:
         output = model(input_ids=BATCH, labels=BATCH, output_router_logits=True)
         output.loss.backward()
         answers[name] = {
+            "rounding": step_rounding(model.config, BATCH.shape[1], BATCH.numel()),
             "loss": output.loss.item(),
             "gradients": {key: parameter.grad for key, parameter in model.named_parameters()},
             "router_index": [index.view(*BATCH.shape, -1) for index in output.router_index],
@@ -131,16 +133,16 @@ def relative_difference(left: Tensor, right: Tensor) -> float:
 @all_cases
 def test_loss_and_gradients_are_those_of_one_process_with_every_backend(on_ranks, one_process, name):
     expected = one_process[ALL[name].checkpoint]
-    expected_gradients = expected["gradients"]
+    expected_gradients, rounding = expected["gradients"], expected["rounding"]
     for backend in BACKENDS:
-        assert on_ranks[name]["loss"][backend] == pytest.approx(expected["loss"], rel=1e-6)
+        assert on_ranks[name]["loss"][backend] == pytest.approx(expected["loss"], rel=rounding)
         found = on_ranks[name]["gradients"][backend]
         assert found.keys() == expected_gradients.keys()
         different = {key: relative_difference(found[key], expected_gradients[key]) for key in found}
         both = [torch.cat([gradients[key].flatten() for key in found]) for gradients in (found, expected_gradients)]
-        assert relative_difference(*both) < 1e-6, backend
-        # A single parameter of a few small values sees more of the rounding.
-        assert max(different.values()) < 5e-6, (backend, different)
+        assert relative_difference(*both) < rounding, backend
+        # A single parameter may have a small gradient that is left of larger terms, and sees more of the rounding.
+        assert max(different.values()) < 4 * rounding, (backend, different)
 
 
 @all_cases

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hmoe.training.chat import Side
+from hmoe.training.arguments import DataOptions
 from hmoe.training.data import build_data
-from hmoe.training.options import DataOptions
+from hmoe.training.documents import Split
 from hmoe.training.tokenizer import train_tokenizer
 
 
@@ -39,9 +39,9 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def warnings_of_data(monkeypatch):
     """Messages of the package's own loggers, which Transformers keeps from pytest's."""
     messages = []
-    for name in ("data", "sources", "tokenizer"):
+    for name in ("hmoe.training.data", "hmoe.sources", "hmoe.training.tokenizer"):
         monkeypatch.setattr(
-            logging.getLogger(f"hmoe.training.{name}"),
+            logging.getLogger(name),
             "warning",
             lambda message, *rest: messages.append(message % rest),
         )
@@ -247,7 +247,7 @@ def test_validation_documents_are_never_trained_on_and_do_not_depend_on_order(to
         sides.append(counts)
     assert sides[0] == sides[1]
     assert 40 <= sides[0][1] <= 80
-    train, held_out = Side(0.3), Side(0.3, held_out=True)
+    train, held_out = Split(0.3), Split(0.3, held_out=True)
     assert all(train.takes(text) != held_out.takes(text) for text in documents)
 
 

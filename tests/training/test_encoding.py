@@ -1,6 +1,7 @@
 import pytest
 
-from hmoe.training.chat import ChatEncoder, TextEncoder
+from hmoe.training.chat import ChatEncoder
+from hmoe.training.documents import TextEncoder
 from hmoe.training.tokenizer import train_tokenizer
 
 

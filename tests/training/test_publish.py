@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers.rounding import step_rounding
 from local_hub import TOKEN, USER, local_hub
 from safetensors.torch import load_file
 from tiny_training import tiny_arguments, tiny_data, tiny_model, tiny_trainer
@@ -94,7 +95,7 @@ def test_card_of_layers_that_differ_of_top_p_and_of_a_dense_twin(tmp_path):
 
 PUSH = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/.."]
 from test_publish import tiny_tokenizer
 from tiny_training import tiny_trainer
 from hmoe.training.card import push_folder
@@ -164,7 +165,8 @@ def test_pushed_through_the_hub_client_and_loaded_back_by_name_without_hmoe(tmp_
         batch = torch.tensor([row])
         expected = model.eval()(input_ids=batch, labels=batch).loss.item()
     assert (name, ids) == ("HMoEForCausalLM", [5, 6])
-    assert loss == pytest.approx(expected, abs=1e-6)
+    # The other process may use another number of threads.
+    assert loss == pytest.approx(expected, rel=step_rounding(model.config, len(row), len(row)))
     assert {"model.safetensors", "tokenizer.json", "README.md", "modeling_hmoe.py"} <= set(repository.files)
     assert "model.safetensors" in repository.large
     assert not any(name.startswith(("checkpoint-", "tmp-")) for name in {**repository.files, **private.files})
