@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from datasets import Dataset
+from offline_items import ItemsUnavailable, write_items
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, default_data_collator, set_seed
 
@@ -224,15 +225,11 @@ def reload_and_generate(folder: Path, row: Sequence[int]) -> dict[str, str | flo
     return json.loads(line.removeprefix("RESULT "))
 
 
-def run_benchmarks(
-    model: HMoEForCausalLM, tokenizer: PreTrainedTokenizerFast, cache_dir: Path
-) -> tuple[list[Score], str]:
+def run_benchmarks(model: HMoEForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Path) -> tuple[list[Score], str]:
     """lm_eval's accuracy on PIQA and ARC-Easy items, and a note, which says why where there are no scores."""
-    from hmoe.eval.offline import OfflineItemsUnavailable, build_offline_items
-
     try:
-        items = build_offline_items(cache_dir, tasks=["piqa", "arc_easy"])
-    except OfflineItemsUnavailable as error:
+        write_items(items, ["piqa", "arc_easy"])
+    except ItemsUnavailable as error:
         return [], f"not run, the items could not be downloaded ({error}); the perplexity stands alone"
 
     from lm_eval import simple_evaluate

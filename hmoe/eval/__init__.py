@@ -1,1 +1,1 @@
-"""Evaluation: lm_eval on the suites of the papers, offline benchmark items, and analyses of the routing."""
+"""Evaluation: lm_eval on the suites of the papers, and analyses of the routing."""

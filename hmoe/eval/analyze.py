@@ -11,44 +11,79 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hmoe.costs import moe_costs
+from hmoe.metrics import held_out_metrics
+from hmoe.routers import routed_layers
 from hmoe.sources import read_texts
 
+from .difficulty import difficulty
+from .loading import Loader, Source, find_sources
+from .observe import batches, check_same_tokenizer, observe, step_of, windows
+from .report import headline, write_report
+from .stability import RouteSample, stability
+from .statistics import RoutingStatistics
+from .tokens import (
+    TokenLosses,
+    TokenRoutes,
+    activation_share,
+    kl_divergence,
+    pool_by_size,
+    top_tokens,
+    wasserstein,
+)
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from .loading import Loader, Source
-    from .stability import RouteSample
-    from .statistics import RoutingStatistics
-    from .tokens import TokenLosses, TokenRoutes
+GROUND_METRICS = ("discrete", "embedding")
+
+
+def _option(default: Any, help: str, **settings: Any) -> Any:
+    """A field that is an option of the command too, with these settings of argparse."""
+    return field(default=default, metadata={"help": help, **settings})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to read and how; see `hmoe analyze --help`."""
+    """What to read and how."""
 
-    window: int | None = None
-    batch_size: int = 8
-    max_tokens: int | None = None
-    stability_tokens: int = 1 << 17
-    min_count: int = 10
-    thresholds: Sequence[float] | None = None
-    top_tokens: int = 10
-    ground_metric: str = "discrete"
-    device: str | None = None
-    dtype: str = "float32"
-    peft: str | None = None
-    trust_remote_code: bool = False
+    window: int | None = _option(None, "tokens read at once (default: 512, or the model's context)", type=int)
+    batch_size: int = _option(8, "windows at once (default: %(default)s)", type=int)
+    max_tokens: int | None = _option(None, "read no more than this (default: all)", type=int)
+    stability_tokens: int = _option(1 << 17, "compared between checkpoints (default: %(default)s)", type=int)
+    min_count: int = _option(10, "occurrences for a token to be judged alone (default: %(default)s)", type=int)
+    thresholds: Sequence[float] | None = _option(
+        None,
+        "losses in nats above which a token is difficult (default: as far above the baseline's mean as MoDSE's)",
+        type=float,
+        nargs="+",
+    )
+    top_tokens: int = _option(10, "per expert size (default: %(default)s)", type=int)
+    ground_metric: str = _option(
+        "discrete",
+        "distance of two tokens for the Wasserstein distance: 1, or between input embeddings",
+        choices=GROUND_METRICS,
+    )
+    device: str | None = _option(None, "default: cuda where there is one, else cpu")
+    dtype: str = _option("float32", "of the weights (default: %(default)s)")
+    peft: str | None = _option(
+        None,
+        "a PEFT adapter on the model, folder or Hub id; --checkpoints may then be adapters too",
+        metavar="ADAPTER",
+    )
+    trust_remote_code: bool = _option(
+        False, "run code that comes with the checkpoints; HMoE needs none", action="store_true"
+    )
     progress: bool = True
 
     @property
     def loader(self) -> Loader:
-        from .loading import Loader
-
         return Loader(self.dtype, self.device, self.trust_remote_code)
 
 
@@ -100,10 +135,6 @@ def analyze(
         ValueError: for a model that is no mixture of experts, text shorter than a window, tokenizers that differ, or
             checkpoints of other models.
     """
-    from .loading import find_sources
-    from .observe import windows
-    from .stability import stability
-
     settings = settings or Settings()
     _check(settings)
     source, against_source, earlier = find_sources(model, settings.peft, baseline, checkpoints)
@@ -121,7 +152,7 @@ def analyze(
     runs = [_run(checkpoint, rows, settings, wants=("sample",)) for checkpoint in earlier]
     history = [*runs, whole] if runs else []
     return {
-        "settings": {"data": [str(path) for path in data], "window": window, **_plain_settings(settings)},
+        "settings": {"data": [str(path) for path in data], "window": window, **_reported(settings)},
         "model": _checkpoint_summary(whole, source),
         "baseline": None if against is None else against.summary(),
         "tokens": _token_results(whole, against, tokenizer, settings),
@@ -136,20 +167,18 @@ def _check(settings: Settings) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {getattr(settings, name)}")
     if settings.window is not None and settings.window < 2:
         raise ValueError(f"`window` must be at least 2 tokens, so that one is predicted, got {settings.window}")
-    if settings.ground_metric not in ("discrete", "embedding"):
+    if settings.ground_metric not in GROUND_METRICS:
         raise ValueError(f"`ground_metric` must be 'discrete' or 'embedding', got {settings.ground_metric!r}")
 
 
-def _plain_settings(settings: Settings) -> dict[str, Any]:
+def _reported(settings: Settings) -> dict[str, Any]:
     names = ("batch_size", "max_tokens", "min_count", "ground_metric", "dtype", "peft")
-    return {name: getattr(settings, name) for name in names}
+    return {name: value for name, value in asdict(settings).items() if name in names}
 
 
 def _check_tokenizers(
     loader: Loader, tokenizer: Any, source: Source, baseline: Source | None, earlier: Sequence[Source]
 ) -> None:
-    from .observe import check_same_tokenizer
-
     for other in [*([baseline] if baseline else []), *earlier]:
         # Trainers need not save the tokenizer beside every checkpoint.
         if other != baseline and Path(other.model).is_dir() and not list(Path(other.model).glob("tokenizer*")):
@@ -160,15 +189,6 @@ def _check_tokenizers(
 def _run(
     source: Source, rows: Callable[[], Iterator[list[int]]], settings: Settings, *, wants: Sequence[str]
 ) -> ModelRun:
-    from hmoe.costs import moe_costs
-    from hmoe.metrics import held_out_metrics
-    from hmoe.routers import routed_layers
-
-    from .observe import batches, observe
-    from .stability import RouteSample
-    from .statistics import RoutingStatistics
-    from .tokens import TokenLosses, TokenRoutes
-
     network = settings.loader.network(source)
     shape = moe_costs(network) if wants or routed_layers(network) else None
     vocab_size = network.config.get_text_config().vocab_size
@@ -178,7 +198,13 @@ def _run(
     sample = (
         RouteSample(list(map(len, shape.sizes)), settings.stability_tokens) if shape and "sample" in wants else None
     )
-    with _progress(source.name, settings) as bar:
+    with tqdm(
+        desc=f"reading with {source.name}",
+        total=settings.max_tokens,
+        unit="tok",
+        unit_scale=True,
+        disable=not settings.progress,
+    ) as bar:
         for seen in observe(network, batches(rows(), settings.batch_size)):
             scores.add_batch(**seen.scored())
             for sums in (losses, routing, routes, sample):
@@ -199,32 +225,15 @@ def _run(
     )
 
 
-def _progress(name: str, settings: Settings) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(
-        desc=f"reading with {name}",
-        total=settings.max_tokens,
-        unit="tok",
-        unit_scale=True,
-        disable=not settings.progress,
-    )
-
-
 def _checkpoint_summary(run: ModelRun, source: Source) -> dict[str, Any]:
-    from .observe import step_of
-
     return {**run.summary(), "path": source.path, "step": step_of(source.path)}
 
 
 def _token_results(run: ModelRun, baseline: ModelRun | None, tokenizer: Any, settings: Settings) -> dict[str, Any]:
-    from .difficulty import difficulty
-    from .tokens import top_tokens
-
     assert run.routes is not None
     top = top_tokens(run.routes, settings.top_tokens, settings.min_count)
     for row in top:
-        row["tokens"] = [readable(tokenizer, number) for number in row["ids"]]
+        row["tokens"] = [readable(tokenizer, token) for token in row["ids"]]
     return {
         "layers": run.routes.layers,
         "loss_and_size": run.routes.loss_and_size(),
@@ -241,17 +250,15 @@ def _token_results(run: ModelRun, baseline: ModelRun | None, tokenizer: Any, set
     }
 
 
-def _examples(run: ModelRun, tokenizer: Any, min_count: int, number: int = 8) -> dict[str, Any]:
+def _examples(run: ModelRun, tokenizer: Any, min_count: int, num_each: int = 8) -> dict[str, Any]:
     """The types whose experts are smallest and widest on average, and the most frequent ones between them."""
-    from .tokens import activation_share, pool_by_size
-
     assert run.routes is not None
     table, sizes = pool_by_size(run.routes.activations, run.routes.kept_sizes)
     frequent = (run.routes.occurrences >= min_count).nonzero().squeeze(1)
     widths = table.new_tensor(sizes)
     mean = (table[frequent] @ widths) / table[frequent].sum(1)
     order = frequent[mean.argsort()].tolist()
-    ids = list(dict.fromkeys([*order[:number], *order[-number:]]))
+    ids = list(dict.fromkeys([*order[:num_each], *order[-num_each:]]))
     return {
         "sizes": sizes,
         "ids": ids,
@@ -261,22 +268,18 @@ def _examples(run: ModelRun, tokenizer: Any, min_count: int, number: int = 8) ->
     }
 
 
-def readable(tokenizer: Any, number: int) -> str:
+def readable(tokenizer: Any, token: int) -> str:
     """A token as text, its leading space as `_`, which the paper uses too."""
-    text = tokenizer.decode([number])
+    text = tokenizer.decode([token])
     return ("_" + text[1:] if text.startswith(" ") else text).replace("\n", "\\n")
 
 
 def _similarity(run: ModelRun, settings: Settings) -> dict[str, Any]:
-    import torch
-
-    from .tokens import kl_divergence, wasserstein
-
     assert run.routes is not None
     layers: list[dict[str, Any]] = []
-    for number, table, sizes in zip(run.routes.layers, run.routes.activations, run.routes.kept_sizes):
+    for layer, table, sizes in zip(run.routes.layers, run.routes.activations, run.routes.kept_sizes):
         distance, divergence = wasserstein(table, run.embedding), kl_divergence(table)
-        layers.append({"layer": number, "sizes": sizes, "wasserstein": distance, "kl": divergence})
+        layers.append({"layer": layer, "sizes": sizes, "wasserstein": distance, "kl": divergence})
     mean = None
     if all(layer["sizes"] == layers[0]["sizes"] for layer in layers):
         stacked = {kind: torch.stack([layer[kind] for layer in layers]).nanmean(0) for kind in ("wasserstein", "kl")}
@@ -309,45 +312,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--against", metavar="BASELINE", help="a model with the same tokenizer, MoE or dense")
     parser.add_argument("--checkpoints", nargs="+", default=[], help="earlier checkpoints of the same run, in order")
-    parser.add_argument(
-        "--peft",
-        metavar="ADAPTER",
-        help="a PEFT adapter on the model, folder or Hub id; --checkpoints may then be adapters too",
-    )
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run code that comes with the checkpoints; HMoE needs none"
-    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/analysis"), help="default: %(default)s")
-    parser.add_argument("--window", type=int, help="tokens read at once (default: 512, or the model's context)")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows at once (default: %(default)s)")
-    parser.add_argument("--max_tokens", type=int, help="read no more than this (default: all)")
-    parser.add_argument("--stability_tokens", type=int, default=1 << 17, help="compared between checkpoints")
-    parser.add_argument("--min_count", type=int, default=10, help="occurrences for a token to be judged alone")
-    parser.add_argument(
-        "--thresholds",
-        nargs="+",
-        type=float,
-        help="losses in nats above which a token is difficult (default: as far above the baseline's mean as MoDSE's)",
-    )
-    parser.add_argument("--top_tokens", type=int, default=10, help="per expert size (default: %(default)s)")
-    parser.add_argument(
-        "--ground_metric",
-        default="discrete",
-        choices=["discrete", "embedding"],
-        help="distance of two tokens for the Wasserstein distance: 1, or between input embeddings",
-    )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", default="float32", help="of the weights (default: %(default)s)")
+    for option in fields(Settings):
+        if option.metadata:
+            parser.add_argument(f"--{option.name}", default=option.default, **option.metadata)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `hmoe analyze ...`; returns the exit status."""
     args = _parser().parse_args(argv)
-    from .report import headline, write_report
-
-    names = [name for name in Settings.__dataclass_fields__ if hasattr(args, name)]
-    settings = Settings(**{name: getattr(args, name) for name in names}, progress=sys.stderr.isatty())
+    options = {option.name: getattr(args, option.name) for option in fields(Settings) if option.metadata}
+    settings = Settings(**options, progress=sys.stderr.isatty())
     result = analyze(args.model, args.data, baseline=args.against, checkpoints=args.checkpoints, settings=settings)
     path = write_report(result, args.output_dir)
     print(headline(result))

