@@ -59,7 +59,7 @@ class ModelOptions:
     )
     dtype: str | None = _field(None, "of the weights: float32, bfloat16, auto; default float32, mixed by --bf16")
     attn_implementation: str | None = _field(None, "sdpa, eager, flash_attention_2, flex_attention")
-    experts_implementation: str | None = _field(None, "grouped_mm, eager, batched_mm, tiled_grouped_mm")
+    experts_implementation: str | None = _field(None, "eager, grouped_mm, batched_mm, triton")
     trust_remote_code: bool = _field(False, "run the code that a checkpoint or tokenizer carries")
     distributed: dict | str | None = field(
         default=None,
