@@ -14,6 +14,8 @@ checkpoint, so it imports only torch, transformers and its siblings.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -27,11 +29,13 @@ from transformers.integrations.moe import (
 )
 
 from .grouped_hmoe import ACTIVATIONS, gated_experts
-from .triton_hmoe import is_tuned, supports, triton_forward
+from .triton_hmoe import is_tuned, triton_experts
 
 
-def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The default backend: pairs sorted by expert once, then one product per expert and stage, on slices."""
+def _run_op(
+    self, op: Callable[..., Tensor], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """An op on contiguous tensors in the dtype of autocast, or else of the banks; `eager` for other activations."""
     if self.config.hidden_act not in ACTIVATIONS:
         return eager_forward(self, hidden_states, top_k_index, top_k_weights)
     dtype = self.gate_up_proj.dtype
@@ -40,10 +44,13 @@ def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     inputs, gate_up_proj, down_proj = (
         tensor.to(dtype).contiguous() for tensor in (hidden_states, self.gate_up_proj, self.down_proj)
     )
-    output = gated_experts(
-        inputs, top_k_index, top_k_weights, gate_up_proj, down_proj, self.tile_offsets, self.config.hidden_act
-    )
+    output = op(inputs, top_k_index, top_k_weights, gate_up_proj, down_proj, self.tile_offsets, self.config.hidden_act)
     return output.to(hidden_states.dtype)
+
+
+def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The default backend: pairs sorted by expert once, then one product per expert and stage, on slices."""
+    return _run_op(self, gated_experts, hidden_states, top_k_index, top_k_weights)
 
 
 def _expert_rows(bank: Tensor, tile_offsets: list[int], expert: int) -> Tensor:
@@ -89,10 +96,10 @@ def batched_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     return batched_mm_experts_forward(_TileBank(self), hidden_states, tile_index.flatten(1), tile_weights.flatten(1))
 
 
-def triton_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def triton_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Triton kernels over all experts at once, for GPUs; chosen by default only on those they were tuned on."""
-    forward = triton_forward if supports(self.config) else eager_forward
-    return forward(self, hidden_states, top_k_index, top_k_weights)
+    op = partial(triton_experts, count_neurons=self.config.routing == "top_p")  # Top-P leaves most of its slots unused
+    return _run_op(self, op, hidden_states, top_k_index, top_k_weights)
 
 
 class HMoEExpertsInterface(ExpertsInterface):
@@ -101,7 +108,7 @@ class HMoEExpertsInterface(ExpertsInterface):
     _global_mapping = {
         "grouped_mm": grouped_mm_forward,
         "batched_mm": batched_mm_forward,
-        "triton": triton_experts_forward,
+        "triton": triton_forward,
     }
 
 

@@ -30,7 +30,7 @@ from .plan_hmoe import Group, Plan, Segment, make_plan
 
 
 _aten = torch.ops.aten
-# Activations and their derivatives, called as (x, out=) and (gradient, x, grad_input=).
+# What `grouped_mm` and `triton` know. Functions and derivatives, called as (x, out=) and (gradient, x, grad_input=).
 ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (_aten.silu.out, _aten.silu_backward.grad_input),
     "gelu": (_aten.gelu.out, _aten.gelu_backward.grad_input),
@@ -102,7 +102,7 @@ def _sort_pairs(top_k_index: Tensor, sizes: list[int]) -> tuple[Tensor, list[int
 
 
 def _matrices(bank: Tensor, groups: list[Group], sizes: list[int], transposed: bool = False) -> list[Tensor]:
-    """Per group a view of the contiguous bank, [I, H] or [2 I, H], for several experts [experts, I, H]."""
+    """Per group a view of the contiguous bank: [I, H] or [2 I, H], of several experts [experts, I or 2 I, H]."""
     rows = bank.flatten(0, 1)
     factor = len(rows) // max(sum(sizes), 1)  # 2 where a neuron has a gate row and an up row
     lengths, expert = [], 0  # of each group, after the experts between it and the group before
@@ -110,15 +110,11 @@ def _matrices(bank: Tensor, groups: list[Group], sizes: list[int], transposed: b
         lengths += [factor * sum(sizes[expert : group.first]), factor * group.num_experts * group.size]
         expert = group.first + group.num_experts
     lengths.append(factor * sum(sizes[expert:]))
-    if transposed:
-        matrices = rows.t().split(lengths, dim=1)[1::2]
-        return [
-            matrix if group.num_experts == 1 else matrix.unflatten(1, (group.num_experts, -1)).transpose(0, 1)
-            for matrix, group in zip(matrices, groups)
-        ]
+    dim = 1 if transposed else 0
+    matrices = (rows.t() if transposed else rows).split(lengths, dim)[1::2]
     return [
-        matrix if group.num_experts == 1 else matrix.unflatten(0, (group.num_experts, -1))
-        for matrix, group in zip(rows.split(lengths)[1::2], groups)
+        matrix if group.num_experts == 1 else matrix.unflatten(dim, (group.num_experts, -1)).movedim(dim, 0)
+        for matrix, group in zip(matrices, groups)
     ]
 
 
@@ -429,12 +425,8 @@ class _Backward:
     """A backward pass: what its segments share, and the gradients that they add to."""
 
     def __init__(self, grad_output: Tensor, kept: _Kept, tile_offsets: list[int], activation: str, needed: list[bool]):
-        self.kept, self.activation, self.tile_offsets, self.rows_per_expert = (
-            kept,
-            activation,
-            tile_offsets,
-            kept.counts.tolist(),
-        )
+        self.kept, self.tile_offsets, self.activation = kept, tile_offsets, activation
+        self.rows_per_expert = kept.counts.tolist()
         hidden_states, tile = kept.hidden_states, kept.down_proj.shape[1]
         sizes, max_neurons = _sizes(tile_offsets, tile), kept.projected.numel() // 2
         plan = make_plan(self.rows_per_expert, sizes, hidden_states, training=True, max_neurons=max_neurons)
