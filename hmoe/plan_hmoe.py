@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 
-# Measured on CPUs of two cores; docs/decisions.md has the figures ("Small operations are done for a segment", "Experts
-# of one size are batched"). Limits, in neurons of all rows:
+# Measured on CPUs of two cores; docs/decisions.md has figures ("Small operations are done for a segment of pairs" and
+# "Experts of one size share a batched product"). Limits, in neurons of all rows:
 _SEGMENT_NEURONS = 1 << 17  # of several groups: gate, up and their product then take 1.5 MB in fp32
 _PART_NEURONS = 1 << 21  # of a part of one expert: each part reads the weights and adds to their gradients again
 _ACCELERATOR_FACTOR = 1 << 8  # times both limits there (not measured): launches count, and no cache has to be kept

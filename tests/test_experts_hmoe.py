@@ -16,6 +16,7 @@ from hmoe.experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
 from hmoe.grouped_hmoe import ACTIVATIONS, _gated_experts
 from hmoe.modeling_hmoe import HMoESparseMoeBlock, route_top_k, route_top_p
 from hmoe.plan_hmoe import make_plan
+from hmoe.training.options import ModelOptions
 
 
 HIDDEN = 16
@@ -488,3 +489,8 @@ def test_second_derivatives_of_the_fused_op_are_refused_rather_than_wrong():
     (gradient,) = torch.autograd.grad(output.square().sum(), hidden_states, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         torch.autograd.grad(gradient.square().sum(), experts.down_proj)
+
+
+def test_the_help_of_hmoe_train_names_every_backend():
+    help = ModelOptions.__dataclass_fields__["experts_implementation"].metadata["help"]
+    assert help.split(", ") == list(EXPERTS_IMPLEMENTATIONS)
