@@ -6,13 +6,12 @@
 Compared, for one layer in bf16 with the routing weights in fp32 and an equal load:
 
     hmoe triton            the kernels of `hmoe/triton_hmoe.py`
-    hmoe tiled_grouped_mm  Transformers' `grouped_mm_experts_forward` on tile ids, kernel by kernel as PyTorch runs it
-                           eagerly: each token is gathered once a tile, and H-wide outputs are written once a tile
-    mixtral grouped_mm     the same function on equal experts of the mean size, hence with the same FLOPs
+    mixtral grouped_mm     Transformers' `grouped_mm_experts_forward` on equal experts of the mean size, hence with the
+                           same FLOPs, kernel by kernel as PyTorch runs it eagerly
 
 A kernel takes the longer of FLOPs / peak and bytes / bandwidth, and a pass the sum of its kernels: what ideal kernels
 would take, not a prediction. Every operand counts once per kernel, so caches are taken to be perfect within a kernel
-and useless between kernels. Sorting the pairs, a few bytes for each, is left out for all three.
+and useless between kernels. Sorting the pairs, a few bytes for each, is left out for both.
 
 Peak and bandwidth are those of NVIDIA's datasheet of the H100 SXM ("NVIDIA H100 Tensor Core GPU"): 1,979 TFLOP/s in
 bf16 with sparsity, hence 989 without, and 3.35 TB/s.
@@ -60,14 +59,12 @@ class Layer:
     Attributes:
         tokens, hidden, slots: T, H, K.
         sizes: neurons of each expert.
-        tile: neurons per tile.
     """
 
     tokens: int
     hidden: int
     slots: int
     sizes: Sequence[int]
-    tile: int
 
     @property
     def pairs(self) -> int:
@@ -116,35 +113,22 @@ def triton_kernels(layer: Layer) -> tuple[list[Kernel], list[Kernel], float]:
     return forward, backward, kept
 
 
-def stock_kernels(layer: Layer, *, on_tiles: bool) -> tuple[list[Kernel], list[Kernel], float]:
-    """The same of `grouped_mm_experts_forward`, on tiles or on equal experts.
-
-    On tiles its rows are the (token, slot, tile) triples, padded to the tiles of the largest expert; the products skip
-    the padding, all else passes over it, and masks keep it out of the sums.
-    """
+def stock_kernels(layer: Layer) -> tuple[list[Kernel], list[Kernel], float]:
+    """The same of `grouped_mm_experts_forward` on equal experts; its rows are the (token, slot) pairs."""
     flops = 2 * layer.neurons * layer.hidden
-    width = layer.tile if on_tiles else sum(layer.sizes) / len(layer.sizes)
-    rows = layer.pairs * (max(layer.sizes) // layer.tile if on_tiles else 1)
-    used_row_bytes = layer.neurons / width * layer.row  # what the products read and write, H wide
-    row_bytes, neurons = rows * layer.row, rows * width * HALF
-    used_neurons, token_rows = layer.neurons * HALF, layer.tokens * layer.row
+    row_bytes, token_rows = layer.pairs * layer.row, layer.tokens * layer.row
+    neurons = layer.neurons * HALF
     down = layer.down_bytes * layer.activated
 
     def elementwise(name: str, read: float, written: float) -> Kernel:
         return Kernel(name, 0, read, written)
 
-    def masked(name: str, num_bytes: float) -> list[Kernel]:
-        return [elementwise(f"mask of {name}", num_bytes, num_bytes)] if on_tiles else []
-
     forward = [
         elementwise("gather of tokens", row_bytes, row_bytes),
-        *masked("tokens", row_bytes),
-        Kernel("up", 2 * flops, used_row_bytes + 2 * down, 2 * used_neurons),
-        *masked("gate and up", 2 * neurons),
+        Kernel("up", 2 * flops, row_bytes + 2 * down, 2 * neurons),
         elementwise("activation", neurons, neurons),
         elementwise("activation * up", 2 * neurons, neurons),
-        Kernel("down", flops, used_neurons + down, used_row_bytes),
-        *masked("outputs", row_bytes),
+        Kernel("down", flops, neurons + down, row_bytes),
         elementwise("routing weights", row_bytes, 2 * row_bytes),  # fp32 from here
         elementwise("original order", 2 * row_bytes, 2 * row_bytes),
         elementwise("sum of slots", 2 * row_bytes, 2 * token_rows),
@@ -157,21 +141,18 @@ def stock_kernels(layer: Layer, *, on_tiles: bool) -> tuple[list[Kernel], list[K
         elementwise("gradient of outputs", 2 * row_bytes, row_bytes),
         elementwise("gradient of weights, products", 3 * row_bytes, 2 * row_bytes),
         elementwise("gradient of weights, sum", 2 * row_bytes, 0),
-        *masked("gradient of outputs", row_bytes),
-        Kernel("gradient of neurons", flops, used_row_bytes + down, used_neurons),
-        Kernel("gradient of down_proj", flops, used_neurons + used_row_bytes, layer.down_bytes),
+        Kernel("gradient of neurons", flops, row_bytes + down, neurons),
+        Kernel("gradient of down_proj", flops, neurons + row_bytes, layer.down_bytes),
         elementwise("gradient of up", 2 * neurons, neurons),
         elementwise("gradient of the activation's value", 2 * neurons, neurons),
         elementwise("gradient of gate", 2 * neurons, neurons),
         elementwise("gate and up together", 2 * neurons, 2 * neurons),
-        *masked("gradient of gate and up", 2 * neurons),
-        Kernel("gradient of gathered tokens", 2 * flops, 2 * used_neurons + 2 * down, used_row_bytes),
-        Kernel("gradient of gate_up_proj", 2 * flops, 2 * used_neurons + used_row_bytes, 2 * layer.down_bytes),
-        *masked("gradient of gathered tokens", row_bytes),
+        Kernel("gradient of gathered tokens", 2 * flops, 2 * neurons + 2 * down, row_bytes),
+        Kernel("gradient of gate_up_proj", 2 * flops, 2 * neurons + row_bytes, 2 * layer.down_bytes),
         elementwise("scatter to tokens", row_bytes, token_rows),
     ]
     # Gathered tokens; gate and up; act(gate); neurons; outputs; ids of both orders and routing weights of the rows.
-    kept = 2 * row_bytes + 4 * neurons + rows * (2 * ID + FULL)
+    kept = 2 * row_bytes + 4 * neurons + layer.pairs * (2 * ID + FULL)
     return forward, backward, kept
 
 
@@ -193,12 +174,10 @@ def analyse(preset: str, num_tokens: int) -> list[Row]:
         hidden=config.hidden_size,
         slots=config.num_experts_per_tok,
         sizes=config.layer_expert_sizes[0],
-        tile=config.expert_tile_size,
     )
     contenders = {
         "hmoe triton": triton_kernels(layer),
-        "hmoe tiled_grouped_mm": stock_kernels(layer, on_tiles=True),
-        "mixtral grouped_mm": stock_kernels(layer, on_tiles=False),
+        "mixtral grouped_mm": stock_kernels(layer),
     }
     return [
         {

@@ -15,6 +15,7 @@ checkpoint, so it imports only torch, transformers and its siblings.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -24,16 +25,17 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import (
     ExpertsInterface,
     batched_mm_experts_forward,
-    grouped_mm_experts_forward,
     use_experts_implementation,
 )
 
 from .grouped_hmoe import ACTIVATIONS, gated_experts
-from .triton_hmoe import is_tuned, supports, triton_forward
+from .triton_hmoe import is_tuned, triton_experts
 
 
-def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The default backend: pairs sorted by expert once, then one product per expert and stage, on slices."""
+def _run_op(
+    self, op: Callable[..., Tensor], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """An op on contiguous tensors in the dtype of autocast, or else of the banks; `eager` for other activations."""
     if self.config.hidden_act not in ACTIVATIONS:
         return eager_forward(self, hidden_states, top_k_index, top_k_weights)
     dtype = self.gate_up_proj.dtype
@@ -42,10 +44,13 @@ def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     inputs, gate_up_proj, down_proj = (
         tensor.to(dtype).contiguous() for tensor in (hidden_states, self.gate_up_proj, self.down_proj)
     )
-    output = gated_experts(
-        inputs, top_k_index, top_k_weights, gate_up_proj, down_proj, self.tile_offsets, self.config.hidden_act
-    )
+    output = op(inputs, top_k_index, top_k_weights, gate_up_proj, down_proj, self.tile_offsets, self.config.hidden_act)
     return output.to(hidden_states.dtype)
+
+
+def grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The default backend: pairs sorted by expert once, then one product per expert and stage, on slices."""
+    return _run_op(self, gated_experts, hidden_states, top_k_index, top_k_weights)
 
 
 def _expert_rows(bank: Tensor, tile_offsets: list[int], expert: int) -> Tensor:
@@ -69,62 +74,32 @@ def eager_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
 
 
 class _TileBank:
-    """What the stock kernels read from an experts module, with tiles in the place of experts."""
+    """What Transformers' `batched_mm` reads from an experts module, with tiles in the place of experts."""
 
     has_gate = True
     has_bias = has_post_expert_norm = is_transposed = False
-    _is_expert_parallel = True  # the stock kernels skip unused ids only then
+    _is_expert_parallel = True  # it skips unused ids only then
 
-    def __init__(self, gate_up_proj: Tensor, down_proj: Tensor, apply_gate: Callable[[Tensor], Tensor]):
-        self.num_experts = gate_up_proj.shape[0]
-        self.gate_up_proj = gate_up_proj
-        self.down_proj = down_proj.transpose(1, 2)  # [N, H, g], as stock experts store it
-        self._apply_gate = apply_gate
-
-
-def _run_on_tiles(
-    self,
-    stock_forward: Callable[..., Tensor],
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-) -> Tensor:
-    """A stock backend of Transformers run on tile ids: exact FLOPs, each token gathered once per tile."""
-    tiles_of_expert = self.tiles_of_expert(hidden_states.device)  # [E + 1, n], padded with the id N
-    tile_index = tiles_of_expert[top_k_index.clamp(max=len(tiles_of_expert) - 1)]  # [T, K, n]
-    used = tile_index < gate_up_proj.shape[0]
-    tile_weights = torch.where(used, top_k_weights.unsqueeze(-1), 0)  # [T, K, n]
-    bank = _TileBank(gate_up_proj, down_proj, self._apply_gate)
-    return stock_forward(bank, hidden_states, tile_index.flatten(1), tile_weights.flatten(1))
+    def __init__(self, experts: HMoEExperts):
+        self.num_experts = experts.gate_up_proj.shape[0]
+        self.gate_up_proj = experts.gate_up_proj
+        self.down_proj = experts.down_proj.transpose(1, 2)  # [N, H, g], as stock experts store it
+        self._apply_gate = experts._apply_gate
 
 
 def batched_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Stock `batched_mm` on tiles: gathers the weights of every (token, tile), for short decoding steps."""
-    inputs = hidden_states, top_k_index, top_k_weights
-    return _run_on_tiles(self, batched_mm_experts_forward, *inputs, self.gate_up_proj, self.down_proj)
+    """Stock `batched_mm` on tile ids: gathers the weights of every (token, tile), for short decoding steps."""
+    tiles_of_expert = self.tiles_of_expert(hidden_states.device)  # [E + 1, n], padded with the id N
+    tile_index = tiles_of_expert[top_k_index.clamp(max=len(tiles_of_expert) - 1)]  # [T, K, n]
+    used = tile_index < self.gate_up_proj.shape[0]
+    tile_weights = torch.where(used, top_k_weights.unsqueeze(-1), 0)  # [T, K, n]
+    return batched_mm_experts_forward(_TileBank(self), hidden_states, tile_index.flatten(1), tile_weights.flatten(1))
 
 
-def tiled_grouped_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Stock `grouped_mm` on tiles."""
-    inputs = hidden_states, top_k_index, top_k_weights
-    # The kernel's backward leaves garbage in the rows of unused ids; a learnable activation would sum it up.
-    if any(True for _ in self.act_fn.parameters()):
-        return eager_forward(self, *inputs)
-    gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
-    tile = down_proj.shape[1]
-    # The kernel wants strides in multiples of 16 bytes; zero neurons add nothing.
-    if missing := -tile % (16 // down_proj.element_size()):
-        gate_up_proj = F.pad(gate_up_proj.unflatten(1, (2, tile)), (0, 0, 0, missing)).flatten(1, 2)
-        down_proj = F.pad(down_proj, (0, 0, 0, missing))
-    return _run_on_tiles(self, grouped_mm_experts_forward, *inputs, gate_up_proj, down_proj)
-
-
-def triton_experts_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def triton_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Triton kernels over all experts at once, for GPUs; chosen by default only on those they were tuned on."""
-    forward = triton_forward if supports(self.config) else eager_forward
-    return forward(self, hidden_states, top_k_index, top_k_weights)
+    op = partial(triton_experts, count_neurons=self.config.routing == "top_p")  # Top-P leaves most of its slots unused
+    return _run_op(self, op, hidden_states, top_k_index, top_k_weights)
 
 
 class HMoEExpertsInterface(ExpertsInterface):
@@ -133,8 +108,7 @@ class HMoEExpertsInterface(ExpertsInterface):
     _global_mapping = {
         "grouped_mm": grouped_mm_forward,
         "batched_mm": batched_mm_forward,
-        "tiled_grouped_mm": tiled_grouped_mm_forward,
-        "triton": triton_experts_forward,
+        "triton": triton_forward,
     }
 
 
@@ -144,6 +118,20 @@ EXPERTS_IMPLEMENTATIONS = ("eager", *HMoEExpertsInterface._global_mapping)
 def default_experts_implementation() -> str:
     """`triton` on a GPU that it was tuned on, else `grouped_mm`."""
     return "triton" if is_tuned() else "grouped_mm"
+
+
+def check_experts_implementation(name: str) -> None:
+    """Raises ValueError if there is no backend of this name, or no longer."""
+    if name == "tiled_grouped_mm":
+        raise ValueError(
+            "`experts_implementation`='tiled_grouped_mm' was removed, because 'grouped_mm' was faster in every "
+            "measurement and computes the same: use 'grouped_mm'"
+        )
+    if name not in EXPERTS_IMPLEMENTATIONS:
+        raise ValueError(
+            f"`experts_implementation`={name!r} does not exist for experts of different sizes: "
+            f"use one of {list(EXPERTS_IMPLEMENTATIONS)}"
+        )
 
 
 @use_experts_implementation(experts_interface=HMoEExpertsInterface())
@@ -157,7 +145,7 @@ class HMoEExperts(nn.Module):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         sizes = config.layer_expert_sizes[layer_idx]
-        self.num_experts = len(sizes)  # expert parallelism sets it to the number of tiles held here
+        self.num_experts = len(sizes)  # E, also under expert parallelism: forward takes the ids of all experts
         self.tile_offsets = [0, *accumulate(size // config.expert_tile_size for size in sizes)]
         num_tiles, tile, hidden = self.tile_offsets[-1], config.expert_tile_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(num_tiles, 2 * tile, hidden))
@@ -180,6 +168,6 @@ class HMoEExperts(nn.Module):
         return torch.tensor([run + [num_tiles] * (most - len(run)) for run in runs], device=device)
 
     def extra_repr(self) -> str:
-        # Of shapes no index is taken: DeepSpeed ZeRO-3 leaves parameters empty, and prints the model.
+        # Shapes are printed whole: DeepSpeed ZeRO-3 prints the model while its parameters are empty, of shape [0].
         tiles = [end - start for start, end in zip(self.tile_offsets, self.tile_offsets[1:])]
         return f"tiles={tiles}, gate_up_proj={list(self.gate_up_proj.shape)}, down_proj={list(self.down_proj.shape)}"

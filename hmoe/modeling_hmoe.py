@@ -43,7 +43,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hmoe import HMoEConfig
-from .experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts, default_experts_implementation
+from .experts_hmoe import HMoEExperts, check_experts_implementation, default_experts_implementation
 from .parallel_hmoe import EP_IMPLEMENTATION, check_tiles_divide
 from .routing_hmoe import (
     ROUTERS,
@@ -170,11 +170,7 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         requested = default_experts_implementation() if requested_experts is None else requested_experts
-        if requested not in EXPERTS_IMPLEMENTATIONS:
-            raise ValueError(
-                f"`experts_implementation`={requested!r} does not exist for experts of different sizes: "
-                f"use one of {list(EXPERTS_IMPLEMENTATIONS)}"
-            )
+        check_experts_implementation(requested)
         return requested
 
     @classmethod

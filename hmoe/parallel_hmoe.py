@@ -42,7 +42,8 @@ class HMoEExpertParallel(EPImplementation):
 
     def __init__(self, experts, ep_mesh, tp_mesh):
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.num_experts = len(experts.tile_offsets) - 1
+        # Transformers has written the number of tiles held here there, as if each were an expert.
+        self.num_experts = experts.num_experts = len(experts.tile_offsets) - 1
         self.experts = experts
         experts.bytes_sent = 0
         tiles_per_rank = experts.gate_up_proj.shape[0] // ep_mesh.size()

@@ -22,7 +22,7 @@ HEADS = {
     "AutoModelForTokenClassification": "HMoEForTokenClassification",
     "AutoModelForQuestionAnswering": "HMoEForQuestionAnswering",
 }
-BACKENDS = ("eager", "grouped_mm", "batched_mm", "tiled_grouped_mm")
+BACKENDS = ("eager", "grouped_mm", "batched_mm")
 INPUT_IDS = torch.arange(12).view(2, 6) + 3
 
 # Opens every head from every checkpoint in a folder, and saves each checkpoint again from the head that made it.

@@ -18,6 +18,7 @@ from hmoe.grouped_hmoe import ACTIVATIONS, _gated_experts
 from hmoe.modeling_hmoe import HMoESparseMoeBlock
 from hmoe.plan_hmoe import make_plan
 from hmoe.routing_hmoe import route_top_k, route_top_p
+from hmoe.training.arguments import ModelOptions
 
 
 HIDDEN = 16
@@ -197,7 +198,7 @@ def test_a_layer_of_the_papers_models(preset: str):
 def test_thousands_of_tokens_on_one_expert():
     """More than one part holds, so that the parts of its gradient are added."""
     case = Case([1536, 64], num_tokens=1500, num_slots=1, routing="first")
-    assert case.num_tokens * max(case.sizes) > plan_hmoe._LONGEST_PART
+    assert case.num_tokens * max(case.sizes) > plan_hmoe._PART_NEURONS
     hidden_states, index, weights = make_inputs(case)
     expected = run(make_experts(case.sizes).double(), "eager", (hidden_states.double(), index, weights.double()))
     actual = run(make_experts(case.sizes), "grouped_mm", (hidden_states, index, weights))
@@ -251,8 +252,7 @@ def test_bf16_autocast_keeps_the_router_in_fp32_and_the_experts_near_fp32(backen
     assert torch.equal(autocast.pop("router_logits"), full.pop("router_logits"))
     assert {name: value.dtype for name, value in autocast.items()} == dict.fromkeys(autocast, torch.float32)
     assert_close(autocast, full, 2 * torch.finfo(torch.bfloat16).eps)
-    if backend != "tiled_grouped_mm":  # torch's grouped_mm knows no autocast: it stays in fp32
-        assert not torch.equal(autocast["output"], full["output"]), "autocast had no effect"
+    assert not torch.equal(autocast["output"], full["output"]), "autocast had no effect"
 
 
 @pytest.mark.parametrize("act", sorted(ACT2FN))
@@ -435,8 +435,8 @@ def test_a_bound_on_what_is_saved_holds(room: int):
 def test_where_segments_end_changes_nothing(case: str, segment: int, part: int, monkeypatch: pytest.MonkeyPatch):
     """Segments of one expert, of several, and experts cut into parts that add to the same gradient."""
     experts, inputs = make_experts(CASES[case].sizes), make_inputs(CASES[case])
-    monkeypatch.setattr(plan_hmoe, "_SEGMENT", segment)
-    monkeypatch.setattr(plan_hmoe, "_LONGEST_PART", part)
+    monkeypatch.setattr(plan_hmoe, "_SEGMENT_NEURONS", segment)
+    monkeypatch.setattr(plan_hmoe, "_PART_NEURONS", part)
     assert_close(run(experts, "grouped_mm", inputs), run_reference(experts, inputs), case_rounding(CASES[case]))
 
 
@@ -510,3 +510,8 @@ def test_second_derivatives_of_the_fused_op_are_refused_rather_than_wrong():
     (gradient,) = torch.autograd.grad(output.square().sum(), hidden_states, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         torch.autograd.grad(gradient.square().sum(), experts.down_proj)
+
+
+def test_the_help_of_hmoe_train_names_every_backend():
+    help = ModelOptions.__dataclass_fields__["experts_implementation"].metadata["help"]
+    assert help.split(", ") == list(EXPERTS_IMPLEMENTATIONS)

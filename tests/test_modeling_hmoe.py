@@ -583,12 +583,21 @@ def test_experts_implementation_is_chosen_by_name(backend: str, tmp_path: Path):
 def test_an_unknown_experts_implementation_is_refused_with_the_list(name: str, tmp_path: Path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
-    message = f"{name}.*eager.*grouped_mm.*batched_mm.*tiled_grouped_mm"
+    message = f"{name}.*eager.*grouped_mm.*batched_mm.*triton"
     with pytest.raises(ValueError, match=message):
         model.set_experts_implementation(name)
     with pytest.raises(ValueError, match=message):
         HMoEForCausalLM.from_pretrained(tmp_path, experts_implementation=name)
     assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_the_backend_that_was_removed_is_refused_with_its_successor(tmp_path: Path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'tiled_grouped_mm' was removed.*use 'grouped_mm'"):
+        model.set_experts_implementation("tiled_grouped_mm")
+    with pytest.raises(ValueError, match=r"'tiled_grouped_mm' was removed.*use 'grouped_mm'"):
+        HMoEForCausalLM.from_pretrained(tmp_path, experts_implementation="tiled_grouped_mm")
 
 
 @parametrize_backend

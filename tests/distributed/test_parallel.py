@@ -196,6 +196,7 @@ def test_auto_is_dispatch_by_expert_and_ranks_hold_equal_runs_of_tiles(folder, o
     assert on_ranks[name]["ep_implementation"] == EP_IMPLEMENTATION
     num_tiles = sum(config.layer_expert_sizes[0]) // config.expert_tile_size
     assert on_ranks[name]["local_tiles"] == num_tiles // ALL[name].parallel["ep_size"]
+    assert on_ranks[name]["num_experts"] == len(config.layer_expert_sizes[0])
 
 
 def test_the_cases_hold_what_they_are_for(on_ranks):
