@@ -110,7 +110,11 @@ def command_line_options(command: str) -> dict[str, dict[str, Any]]:
     Those of the conversions stand as "moe --dtype". Taken from the parser that the command makes.
     """
 
-    def raise_parser(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def raise_parser(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        if parser.prog != f"hmoe {command}":  # such as the one that looks for --config before
+            return parse(parser, *args, **kwargs)
         raise _Parser(parser)
 
     try:
