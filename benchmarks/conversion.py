@@ -73,7 +73,7 @@ def measure(work: Path, layers: int, hidden: int) -> dict:
     }
     conversions = {}
     for name, arguments in steps.items():
-        peak, seconds = run([*map(str, arguments), "--no_check", "--max_shard_gb", "0.5"])
+        peak, seconds = run([*map(str, arguments), "--no_check"])
         above = peak - baseline
         conversions[name] = {
             "peak_bytes": peak,
@@ -128,7 +128,7 @@ def write_mixtral(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
             experts = f"{prefix}.block_sparse_moe.experts.{expert}"
             shapes |= {f"{experts}.w1.weight": (width, hidden), f"{experts}.w3.weight": (width, hidden)}
             shapes[f"{experts}.w2.weight"] = (hidden, width)
-    with CheckpointWriter(folder, max_shard_bytes=10**9, progress=False) as writer:
+    with CheckpointWriter(folder, progress=False) as writer:
         for name, shape in shapes.items():
             writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02))
     return writer.num_bytes, 2 * sum(SIZES) * hidden * 2

@@ -17,7 +17,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
-from .configuration_hmoe import HMoEConfig, ParameterCounts, count_parameters
+from .configuration_hmoe import ParameterCounts, count_parameters, is_hmoe
 from .sources import local_path
 
 
@@ -56,14 +56,15 @@ def write_card(folder: str | os.PathLike, name: str, config: Any, info: Mapping[
         context["command"] = shlex.join(shown["command"])
     if info.get("settings"):
         context["settings"] = json.dumps(shown["settings"], indent=2, default=str)
-    if is_hmoe := config.model_type == HMoEConfig.model_type:
+    context["is_hmoe"] = is_hmoe(config)
+    if context["is_hmoe"]:
         context["counts"] = counts = count_parameters(config, load=info.get("load"))
         context["experts"] = _expert_table(config.layer_expert_sizes, counts, info.get("load"))
         context["uneven"] = any(len(set(row)) > 1 for row in config.layer_expert_sizes)
     card = ModelCard.from_template(
         _metadata(name, config, info, results),
         template_path=str(TEMPLATE),
-        **{**context, "name": name, "config": config, "is_hmoe": is_hmoe},
+        **{**context, "name": name, "config": config},
         version=__version__,
         transformers_version=transformers.__version__,
     )

@@ -1,4 +1,4 @@
-"""HMoE configuration: routing, router losses, the papers' presets, and parameter counts.
+"""HMoE configuration: its fields and their checks, and parameter counts.
 
 Everything here is arithmetic on a config; no tensor is made. Papers: HMoE (arXiv 2408.10681), MoDSE (arXiv
 2409.12210). This file travels with every saved checkpoint, so it imports only the standard library and transformers.
@@ -9,22 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .sizes_hmoe import expert_sizes
-
 
 CONFIG_FORMAT_VERSION = 1
-ROUTINGS = ("top_k", "top_p")
-ROUTER_TYPES = ("linear", "modse")
-LOAD_BALANCING_COUNTS = ("activated", "top1")
-PENALTY_NORMALIZERS = ("mean", "max", "sum", "none")
-LOSS_SCOPES = ("micro_batch", "global_batch")
 
 # Every head is resolvable from every checkpoint, whichever head saved it.
 AUTO_MAP = {
@@ -49,7 +42,8 @@ class HMoEConfig(PreTrainedConfig):
 
     Mixtral's fields, with the experts described by a list of sizes. The defaults are HMoE-0.4B, Top-K (arXiv
     2408.10681, section 4). Every field is checked when the config is made; a bad value raises an error that names the
-    field, the value and the remedy.
+    field, the value and the remedy. A subclass adds the names of its own routers and routings to the `Literal`s, and
+    fields for the coefficients of its own router losses (tests/test_extending.py).
 
     Args:
         expert_intermediate_sizes: neurons of each expert; one list for all layers, or one list per layer (lengths may
@@ -75,17 +69,6 @@ class HMoEConfig(PreTrainedConfig):
     """
 
     model_type = "hmoe"
-    keys_to_ignore_at_inference = [
-        "past_key_values",
-        "lm_loss",
-        "aux_loss",
-        "load_balancing_loss",
-        "parameter_penalty_loss",
-        "router_entropy_loss",
-        "router_z_loss",
-        "router_logits",
-        "router_index",
-    ]
     default_theta = 10000.0
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -132,21 +115,21 @@ class HMoEConfig(PreTrainedConfig):
 
     expert_intermediate_sizes: list[int] | list[list[int]] | None = None
     expert_tile_size: int | None = None
-    routing: str = "top_k"
+    routing: Literal["top_k", "top_p"] = "top_k"
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
     router_top_p: float | int = 0.6
     max_experts_per_tok: int | None = None
-    router_type: str = "linear"
+    router_type: Literal["linear", "modse"] = "linear"
 
     load_balancing_loss_coef: float | int = 0.0
-    load_balancing_counts: str = "activated"
+    load_balancing_counts: Literal["activated", "top1"] = "activated"
     parameter_penalty_loss_coef: float | int = 0.1
-    parameter_penalty_normalizer: str = "mean"
+    parameter_penalty_normalizer: Literal["mean", "max", "sum", "none"] = "mean"
     router_entropy_loss_coef: float | int = 0.0
     router_z_loss_coef: float | int = 0.0
     router_aux_loss_coef: float | int = 1.0
-    router_loss_scope: str = "micro_batch"
+    router_loss_scope: Literal["micro_batch", "global_batch"] = "micro_batch"
     output_router_logits: bool = False
 
     format_version: int = CONFIG_FORMAT_VERSION
@@ -160,7 +143,7 @@ class HMoEConfig(PreTrainedConfig):
             )
         self._refuse_unknown_fields(kwargs)
         if self.expert_intermediate_sizes is None:
-            self.expert_intermediate_sizes = expert_sizes("arithmetic", 8, total=12288)
+            self.expert_intermediate_sizes = [864, 1056, 1248, 1440, 1632, 1824, 2016, 2208]
         # The caller's list, a preset's included, stays its own.
         self.expert_intermediate_sizes = copy.deepcopy(self.expert_intermediate_sizes)
         super().__post_init__(**kwargs)
@@ -186,7 +169,7 @@ class HMoEConfig(PreTrainedConfig):
         self._check_routing()
         self._check_losses()
 
-    # Run by transformers when a config is saved.
+    # Transformers runs every method named validate_... when it saves a config.
     def validate_hmoe(self):
         self.check()
 
@@ -242,7 +225,9 @@ class HMoEConfig(PreTrainedConfig):
         rope = self.rope_parameters
         if not isinstance(rope, dict) or not {"rope_type", "rope_theta"} <= rope.keys():
             raise ValueError(f"`rope_parameters` needs `rope_type` and `rope_theta`, got {rope!r}")
-        _check_choice("rope_parameters['rope_type']", rope["rope_type"], ("default", *ROPE_INIT_FUNCTIONS))
+        if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
+            choices = ["default", *ROPE_INIT_FUNCTIONS]
+            raise ValueError(f"`rope_parameters['rope_type']` must be one of {choices}, got {rope['rope_type']!r}")
         for name in ("rope_theta", "factor"):
             if name in rope and not (_is_number(rope[name]) and 0 < rope[name] < math.inf):
                 raise ValueError(f"`rope_parameters['{name}']` must be a positive number, got {rope[name]!r}")
@@ -279,8 +264,6 @@ class HMoEConfig(PreTrainedConfig):
                     )
 
     def _check_routing(self) -> None:
-        _check_choice("routing", self.routing, ROUTINGS)
-        _check_choice("router_type", self.router_type, ROUTER_TYPES)
         _check_positive("num_experts_per_tok", self.num_experts_per_tok)
         fewest = min(len(sizes) for sizes in self.layer_expert_sizes)
         if self.routing == "top_k" and self.num_experts_per_tok > fewest:
@@ -305,9 +288,6 @@ class HMoEConfig(PreTrainedConfig):
             )
 
     def _check_losses(self) -> None:
-        _check_choice("load_balancing_counts", self.load_balancing_counts, LOAD_BALANCING_COUNTS)
-        _check_choice("parameter_penalty_normalizer", self.parameter_penalty_normalizer, PENALTY_NORMALIZERS)
-        _check_choice("router_loss_scope", self.router_loss_scope, LOSS_SCOPES)
         for name in ("router_aux_loss_coef", *self.router_loss_coefs_by_field):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
@@ -328,24 +308,36 @@ class HMoEConfig(PreTrainedConfig):
 
     @property
     def router_loss_coefs_by_field(self) -> dict[str, float]:
-        names = ("load_balancing_loss", "parameter_penalty_loss", "router_entropy_loss", "router_z_loss")
-        return {f"{name}_coef": getattr(self, f"{name}_coef") for name in names}
+        """Coefficients of the router losses, by their fields: all that end in `_loss_coef` but the common factor."""
+        names = [name for name in self.__dataclass_fields__ if name.endswith("_loss_coef")]
+        return {name: getattr(self, name) for name in names if name != "router_aux_loss_coef"}
 
     @property
     def has_router_losses(self) -> bool:
         """Whether training adds any router term to the loss."""
         return self.router_aux_loss_coef > 0 and any(coef > 0 for coef in self.router_loss_coefs_by_field.values())
 
+    @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """Outputs of the model that `Trainer` does not gather in evaluation."""
+        losses = [field.removesuffix("_coef") for field in self.router_loss_coefs_by_field]
+        return ["past_key_values", "lm_loss", "aux_loss", *losses, "router_logits", "router_index"]
+
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "HMoEConfig":
         """The configuration of a model of the papers or of its homogeneous twin; `overrides` replace single fields.
 
-        `PRESETS` lists the names. Raises ValueError with the nearest name for an unknown one.
+        `hmoe.PRESETS` lists the names.
+
+        Raises:
+            ValueError: for an unknown name, with the nearest one.
+            ImportError: where the package is not installed; this file also travels with checkpoints, presets do not.
         """
-        if name not in PRESETS:
-            nearest = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown preset {name!r}, did you mean {nearest!r}? Presets: {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+        try:
+            from hmoe.presets import preset_fields
+        except ImportError as error:
+            raise ImportError(f"preset {name!r}: presets come with the package: `pip install hmoe`") from error
+        return cls(**{**preset_fields(name), **overrides})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -368,6 +360,11 @@ class HMoEConfig(PreTrainedConfig):
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
 
+def is_hmoe(config: Any) -> bool:
+    """Whether a config is of an HMoE model. The class that a checkpoint's own code defines is not [`HMoEConfig`]."""
+    return config.model_type == HMoEConfig.model_type
+
+
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value!r}")
@@ -375,75 +372,6 @@ def _check_positive(name: str, value: int) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        nearest = get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}{hint}")
-
-
-_HMOE_0_4B = {
-    "vocab_size": 32000,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 4096,
-    "expert_intermediate_sizes": expert_sizes("arithmetic", 8, total=12288),
-    "parameter_penalty_loss_coef": 0.1,
-}
-# The paper prints 12 blocks, which make 1.32 B parameters; 24 blocks give its 2.55 B and its activated counts.
-_HMOE_3B = {
-    **_HMOE_0_4B,
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "expert_intermediate_sizes": expert_sizes("arithmetic", 8, total=32768),
-}
-_HOMOGENEOUS = {"parameter_penalty_loss_coef": 0.0, "load_balancing_loss_coef": 0.01}
-_TOP_P = {"routing": "top_p", "router_top_p": 0.6, "router_entropy_loss_coef": 0.03}
-# The paper gives neither the coefficient nor the context length: Switch's 1e-2 and 2048 are chosen here.
-_MODSE = {
-    "vocab_size": 30064,
-    "max_position_embeddings": 2048,
-    "router_type": "modse",
-    "load_balancing_loss_coef": 0.01,
-    "load_balancing_counts": "top1",
-    "parameter_penalty_loss_coef": 0.0,
-}
-_MODSE_300M = {**_MODSE, "hidden_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 12}
-_MODSE_700M = {**_MODSE, "hidden_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 32}
-_UNIFORM_0_4B = {"expert_intermediate_sizes": [1536] * 8, **_HOMOGENEOUS}
-_UNIFORM_3B = {"expert_intermediate_sizes": [4096] * 8, **_HOMOGENEOUS}
-_ONE_EXPERT = {"num_experts_per_tok": 1, "parameter_penalty_loss_coef": 0.0}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "hmoe-0.4b": _HMOE_0_4B,
-    "hmoe-0.4b-top-p": {**_HMOE_0_4B, **_TOP_P},
-    "hmoe-0.4b-hybrid": {**_HMOE_0_4B, "expert_intermediate_sizes": expert_sizes("hybrid", 8, total=12288)},
-    # 12288 / 255 is no whole number and the paper does not say how it rounds: multiples of 16, the sum kept.
-    "hmoe-0.4b-geometric": {
-        **_HMOE_0_4B,
-        "expert_intermediate_sizes": expert_sizes("geometric", 8, total=12288, multiple_of=16),
-    },
-    "moe-0.4b": {**_HMOE_0_4B, **_UNIFORM_0_4B},
-    "moe-0.4b-top-p": {**_HMOE_0_4B, **_UNIFORM_0_4B, **_TOP_P},
-    "dense-0.4b": {**_HMOE_0_4B, **_ONE_EXPERT, "expert_intermediate_sizes": [12288]},
-    "hmoe-3b": _HMOE_3B,
-    "hmoe-3b-top-p": {**_HMOE_3B, **_TOP_P},
-    "hmoe-3b-hybrid": {**_HMOE_3B, "expert_intermediate_sizes": expert_sizes("hybrid", 8, total=32768)},
-    "moe-3b": {**_HMOE_3B, **_UNIFORM_3B},
-    "moe-3b-top-p": {**_HMOE_3B, **_UNIFORM_3B, **_TOP_P},
-    # The dense 1B has the printed 12 blocks: its 1.32 B parameters fit them.
-    "dense-1b": {**_HMOE_3B, **_ONE_EXPERT, "num_hidden_layers": 12, "expert_intermediate_sizes": [32768]},
-    "modse-300m-x8": {**_MODSE_300M, "expert_intermediate_sizes": expert_sizes("pairs", 8, total=8 * 3840)},
-    "moe-300m-x8": {**_MODSE_300M, "router_type": "linear", "expert_intermediate_sizes": [3840] * 8},
-    # MoDSE's "Baseline 105%": as wide as the mean expert that its text says MoDSE activates.
-    "moe-300m-x8-105": {**_MODSE_300M, "router_type": "linear", "expert_intermediate_sizes": [4045] * 8},
-    "modse-700m-x8": {**_MODSE_700M, "expert_intermediate_sizes": expert_sizes("pairs", 8, total=8 * 5120)},
-    "moe-700m-x8": {**_MODSE_700M, "router_type": "linear", "expert_intermediate_sizes": [5120] * 8},
-}
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from hmoe.configuration_hmoe import PRESETS, HMoEConfig
+from hmoe.configuration_hmoe import HMoEConfig, is_hmoe
 from hmoe.placement import describe_placement
+from hmoe.presets import PRESETS
 from hmoe.sources import load_checkpoint
 
 
@@ -263,7 +264,7 @@ def _config_of_recipe(path: Path) -> Any:
 def report(config: Any, **options: Any) -> dict[str, Any]:
     """The description of a model and of its homogeneous twin, as plain numbers; `twin` is None where they are one, and
     for other types than HMoE, whose experts have one size."""
-    if config.model_type != "hmoe":
+    if not is_hmoe(config):
         from .describe_stock import describe_stock
 
         return {"model": asdict(describe_stock(config, **options)), "twin": None}
@@ -371,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
         dtype=args.dtype,
         experts_per_token=args.experts_per_token,
     )
-    if args.num_ranks is not None and config.model_type != "hmoe":
+    if args.num_ranks is not None and not is_hmoe(config):
         raise ValueError(f"--num_ranks is for HMoE, and this is {config.model_type!r}: see `hmoe convert`")
     placement = None if args.num_ranks is None else describe_placement(config, args.num_ranks)
     conditions = {"context": context, "batch_size": args.batch_size, "dtype": args.dtype}

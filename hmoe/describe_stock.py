@@ -9,9 +9,9 @@ from .describe import BYTES, TRAINING_BYTES_PER_PARAMETER, Description, activati
 
 def described_types() -> tuple[str, ...]:
     """Those that `hmoe convert` reads: their attention and FFN are of one form."""
-    from hmoe.conversion.families import DENSE_TYPES, MOE_TYPES
+    from hmoe.conversion.families import DENSE_FAMILIES, MOE_FAMILIES
 
-    return (*MOE_TYPES, *DENSE_TYPES)
+    return (*MOE_FAMILIES, *DENSE_FAMILIES)
 
 
 def describe_stock(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .routing_hmoe import ROUTERS
+
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 ATTENTION_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERT_PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-ROUTER_PARAMETERS = ["mlp.gate.weight", "mlp.gate.noise_weight"]  # the second exists in MoDSE routers only
 
 
 def lora_config(
@@ -38,7 +39,9 @@ def lora_config(
     """
     from peft import LoraConfig
 
-    parameters = (EXPERT_PARAMETERS if experts else []) + (ROUTER_PARAMETERS if router else [])
+    # Those of every router type: PEFT takes the ones that the model at hand has.
+    matrices = dict.fromkeys(name for router_class in ROUTERS.values() for name in router_class.matrices)
+    parameters = (EXPERT_PARAMETERS if experts else []) + [f"mlp.gate.{name}" for name in matrices if router]
     if not attention and not parameters:
         raise ValueError("`attention`, `experts` and `router` are all False: nothing would be adapted")
     if parameters and lora_kwargs.get("lora_dropout"):

@@ -10,16 +10,17 @@ Letters in shapes: B batch, S sequence, T = B * S tokens, H hidden size, E exper
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
@@ -27,7 +28,7 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto import AutoModel
 from transformers.models.mixtral.modeling_mixtral import (
@@ -41,15 +42,21 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .compat_hmoe import RouterLogits, weighted_router_losses
 from .configuration_hmoe import HMoEConfig
 from .experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts, default_experts_implementation
-from .losses_hmoe import router_loss_share
 from .parallel_hmoe import EP_IMPLEMENTATION, check_tiles_divide
+from .routing_hmoe import (
+    ROUTERS,
+    HMoERouter,
+    RouterLogits,
+    router_loss_share,
+    use_own_router_losses,
+    weighted_router_losses,
+)
 
 
 @dataclass
-class HMoEModelOutputWithPast(ModelOutput):
+class HMoEModelOutputWithPast(MoeModelOutputWithPast):
     """Outputs of [`HMoEModel`].
 
     Attributes:
@@ -58,104 +65,35 @@ class HMoEModelOutputWithPast(ModelOutput):
         router_index: per layer [T, K], ids of the activated experts; the id E marks an unused Top-P slot; likewise.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
     router_index: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class HMoECausalLMOutputWithPast(ModelOutput):
+class HMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """Outputs of [`HMoEForCausalLM`].
 
     Attributes:
         loss: `lm_loss`, plus the scaled router losses in training.
         logits: [B, S, V].
         lm_loss: cross-entropy alone.
-        aux_loss: sum of the router losses weighted by their coefficients; this and the four raw terms are unscaled
-            means over this batch, given in training while a coefficient is above zero and with
-            `output_router_logits=True`.
+        aux_loss: sum of the router losses weighted by their coefficients. It and the raw losses, which follow under
+            their names in `ROUTER_LOSSES`, are unscaled means over this batch, given in training while a coefficient
+            is above zero and with `output_router_logits=True`.
         router_logits, router_index: as in [`HMoEModelOutputWithPast`].
     """
 
-    loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
     router_index: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
-    load_balancing_loss: Tensor | None = None
-    parameter_penalty_loss: Tensor | None = None
-    router_entropy_loss: Tensor | None = None
-    router_z_loss: Tensor | None = None
 
-
-def route_top_k(probability: Tensor, num_experts_per_tok: int, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
-    """Top-K routing (HMoE Eq. 8; MoDSE Eq. 1-2): weights and ids [T, K] of the K largest of `probability` [T, E]."""
-    weights, index = torch.topk(probability, num_experts_per_tok, dim=-1)
-    if normalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return weights, index
-
-
-def route_top_p(probability: Tensor, top_p: float, max_experts_per_tok: int | None = None) -> tuple[Tensor, Tensor]:
-    """Top-P routing (HMoE Eq. 9-11): the fewest experts whose probabilities sum to at least `top_p`, renormalised.
-
-    The expert that crosses `top_p` is included, so there is at least one; of equal probabilities the lower id comes
-    first.
-
-    Args:
-        probability: [T, E].
-        max_experts_per_tok: cap K on the experts of a token; default E.
-
-    Returns:
-        weights [T, K] and ids [T, K]; unused slots hold weight 0 and the id E. A NaN probability gives a NaN weight.
-    """
-    num_experts = probability.shape[-1]
-    max_experts = min(max_experts_per_tok or num_experts, num_experts)
-    sorted_probability, index = torch.sort(probability, dim=-1, descending=True, stable=True)
-    sorted_probability, index = sorted_probability[:, :max_experts], index[:, :max_experts]  # [T, K]
-    reached_before = F.pad(sorted_probability.cumsum(dim=-1)[:, :-1], (1, 0))  # mass of the experts that come first
-    used = reached_before < top_p
-    weights = torch.where(used, sorted_probability, 0)
-    return weights / weights.sum(dim=-1, keepdim=True), torch.where(used, index, num_experts)
-
-
-class HMoERouter(nn.Module):
-    """Scores every expert for every token, in fp32 under any autocast, and activates some of them."""
-
-    def __init__(self, config: HMoEConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        num_experts = len(config.layer_expert_sizes[layer_idx])
-        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
-        if config.router_type == "modse":
-            # MoDSE calls this term noise (Eq. 3-5), yet it is learned and draws nothing at random.
-            self.noise_weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
-            self.noise_norm = MixtralRMSNorm(num_experts, eps=config.rms_norm_eps)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Router logits [T, E], weights [T, K] and expert ids [T, K] of `hidden_states` [T, H]."""
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            hidden_states = hidden_states.to(dtype)
-            logits = F.linear(hidden_states, self.weight.to(dtype))  # [T, E]
-            if self.config.router_type == "modse":
-                noise = F.softplus(F.linear(hidden_states, self.noise_weight.to(dtype)))  # [T, E]
-                logits = logits + self.noise_norm(noise)
-            probability = F.softmax(logits, dim=-1)
-            if self.config.routing == "top_p":
-                weights, index = route_top_p(probability, self.config.router_top_p, self.config.max_experts_per_tok)
-            else:
-                weights, index = route_top_k(
-                    probability, self.config.num_experts_per_tok, normalize=self.config.norm_topk_prob
-                )
-        return logits, weights, index
+    # The raw router losses are not fields: which there are follows from the config and `ROUTER_LOSSES`.
+    def __init__(self, *args, **kwargs):
+        names = [field.name for field in fields(self)]
+        values = {**dict(zip(names, args)), **kwargs}
+        for name in names:
+            setattr(self, name, values.pop(name, None))
+        self.__post_init__()
+        for name, raw_router_loss in values.items():
+            self[name] = raw_router_loss
 
 
 class HMoESparseMoeBlock(nn.Module):
@@ -163,7 +101,7 @@ class HMoESparseMoeBlock(nn.Module):
 
     def __init__(self, config: HMoEConfig, layer_idx: int):
         super().__init__()
-        self.gate = HMoERouter(config, layer_idx)
+        self.gate = ROUTERS[config.router_type](config, layer_idx)
         self.experts = HMoEExperts(config, layer_idx)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,8 +123,7 @@ class HMoEAttention(Qwen3Attention):
 
 
 class HMoEDecoderLayer(MixtralDecoderLayer):
-    """Mixtral's layer; returns the router's outputs too, so that reentrant gradient checkpointing keeps their
-    graph."""
+    """Mixtral's layer. It returns the router's outputs too: so reentrant gradient checkpointing keeps their graph."""
 
     def __init__(self, config: HMoEConfig, layer_idx: int):
         nn.Module.__init__(self)
@@ -209,13 +146,6 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
     _no_split_modules = ["HMoEDecoderLayer"]
     _can_record_outputs = {"hidden_states": HMoEDecoderLayer, "attentions": HMoEAttention}
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if issubclass(cls, FSDPModule):
-            # FSDP2 gives a model a class of its own, whose name and code `save_pretrained` would write down.
-            wrapped = next(base for base in cls.__bases__ if base is not FSDPModule)
-            cls.__name__, cls.__module__ = wrapped.__name__, wrapped.__module__
-
     def __init__(self, config: HMoEConfig, *args, **kwargs):
         config.check()
         super().__init__(config, *args, **kwargs)
@@ -228,9 +158,7 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, HMoERouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if self.config.router_type == "modse":
-                init.normal_(module.noise_weight, mean=0.0, std=std)
+            module.init_weights(std)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -258,6 +186,25 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     @classmethod
+    def is_remote_code(cls) -> bool:
+        # FSDP2 makes a class of its own of a model's class. Its code is PyTorch's, not what loads the checkpoint.
+        return not issubclass(cls, FSDPModule) and super().is_remote_code()
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """As in Transformers; a model that FSDP2 has wrapped is saved with the code and the name of its own class."""
+        if isinstance(self, FSDPModule) and self.should_save_on_this_rank(is_main_process):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            own_class = next(cls for cls in type(self).__mro__ if not issubclass(cls, FSDPModule))
+            custom_object_save(own_class, save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        # TRL's trainers tag the model that they will train.
+        if "trl" in ([tags] if isinstance(tags, str) else tags):
+            use_own_router_losses()
+        super().add_model_tags(tags)
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path,
@@ -269,15 +216,12 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
         """As in Transformers, but a broken or incomplete checkpoint is refused rather than partly re-initialised.
 
         Raises:
-            ValueError: a weights file is truncated or corrupt; a tensor of the body is missing or has another shape
-                than the config says; a router holds NaN or infinite weights. The message names file or tensor and the
-                expectation.
+            ValueError: a weights file or the shard index is truncated or corrupt; a tensor is missing (of a new head
+                alone it may be) or has another shape than the config says; a router holds NaN or infinite weights.
+                The message names file or tensor and the expectation.
         """
-        source = pretrained_model_name_or_path
-        if source is None:
-            source = "the given state_dict"
-        else:
-            source = Path(source, kwargs.get("subfolder") or "")
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or "")
+        source = "the given state_dict" if pretrained_model_name_or_path is None else folder
         try:
             # Mismatches are let through to be named below: the error of Transformers names none of them.
             model, info = super().from_pretrained(
@@ -287,69 +231,50 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
                 ignore_mismatched_sizes=True,
                 **kwargs,
             )
-        except SafetensorError as error:
-            raise ValueError(_describe_broken_files(source, error)) from error
-        except json.JSONDecodeError as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
+            broken = "; ".join(_broken_files(folder)) or f"{source}: {error}"
             raise ValueError(
-                f"{source / SAFE_WEIGHTS_INDEX_NAME} is not valid JSON: {error}. Copy it again"
+                f"broken weights file, truncated or not safetensors: {broken}. Download or copy it again"
             ) from error
-        _refuse_incomplete(model, info, source)
-        if not ignore_mismatched_sizes:
-            _refuse_mismatched(info, source)
+        faults = list(_faults(model, info, ignore_mismatched_sizes))
+        if faults:
+            more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise ValueError(
+                f"{source} does not fit its config or is damaged: {'; '.join(faults[:5])}{more}. Use the config that "
+                "it was saved with, or save or download it again; ignore_mismatched_sizes=True starts tensors of "
+                "another shape anew"
+            )
         return (model, info) if output_loading_info else model
 
 
-def _describe_broken_files(folder: Path, error: Exception) -> str:
-    broken = []
-    for path in sorted(folder.glob("*.safetensors")):
+def _broken_files(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*.safetensors*")):
         try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as cause:
-            broken.append(f"{path} ({path.stat().st_size} bytes): {cause}")
-    files = "; ".join(broken) or f"{folder}: {error}"
-    return f"broken weights file, truncated or not safetensors: {files}. Download or copy it again"
+            if path.name == SAFE_WEIGHTS_INDEX_NAME:
+                json.loads(path.read_text())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except (SafetensorError, json.JSONDecodeError) as error:
+            yield f"{path} ({path.stat().st_size} bytes): {error}"
 
 
-def _refuse_mismatched(info: dict, source: Path | str) -> None:
-    mismatched = [
-        f"`{name}` has shape {tuple(found)}, the config asks for {tuple(expected)}"
-        for name, found, expected in sorted(info["mismatched_keys"])
-    ]
-    if mismatched:
-        raise ValueError(
-            f"{source}: {len(mismatched)} tensors have another shape than the config says: {'; '.join(mismatched)}. "
-            "Use the config that the checkpoint was saved with, or ignore_mismatched_sizes=True to start them anew"
-        )
-
-
-def _refuse_incomplete(model: HMoEPreTrainedModel, info: dict, source: Path | str) -> None:
-    prefix = f"{model.base_model_prefix}."
+def _faults(model: HMoEPreTrainedModel, info: dict, ignore_mismatched_sizes: bool) -> Iterator[str]:
+    """What keeps a loaded model from being the one that was saved, tensor by tensor."""
     # A new task head on a pretrained body is what fine-tuning starts from; a causal LM has no new head.
-    needed = {
-        name
-        for name in info["missing_keys"]
-        if name.startswith(prefix) or isinstance(model, (HMoEModel, HMoEForCausalLM))
-    }
-    if needed:
-        unexpected = sorted(info["unexpected_keys"])
-        hint = f"; it holds unknown tensors instead: {_first_names(unexpected)}" if unexpected else ""
-        raise ValueError(
-            f"{source} lacks {len(needed)} tensors that its config asks for: {_first_names(sorted(needed))}{hint}. "
-            "The checkpoint is incomplete or of another model: save or download it again"
-        )
+    body = "" if isinstance(model, HMoEModel | HMoEForCausalLM) else f"{model.base_model_prefix}."
+    missing, unknown = (sorted(info[keys]) for keys in ("missing_keys", "unexpected_keys"))
+    if missing := [name for name in missing if name.startswith(body)]:
+        holds = f" and holds `{'`, `'.join(unknown[:5])}` instead" if unknown else ""
+        yield f"it lacks {len(missing)} tensors, among them `{'`, `'.join(missing[:5])}`{holds}"
+    for name, found, expected in sorted(info["mismatched_keys"]) if not ignore_mismatched_sizes else ():
+        yield f"`{name}` has shape {tuple(found)}, the config asks for {tuple(expected)}"
     for name, parameter in model.named_parameters():
         if ".mlp.gate." in name and parameter.device.type != "meta" and not torch.isfinite(parameter).all():
-            count = int((~torch.isfinite(parameter)).sum())
-            raise ValueError(
-                f"{source}: router tensor `{name}` {tuple(parameter.shape)} holds {count} NaN or infinite values; "
-                "every value must be finite. The run that saved it had diverged: load an earlier checkpoint"
+            yield (
+                f"router tensor `{name}` is not finite (NaN or infinite values): the run that saved it had diverged, "
+                "load an earlier checkpoint"
             )
-
-
-def _first_names(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(f"`{name}`" for name in names[:limit]) + more
 
 
 class HMoEModel(HMoEPreTrainedModel):

@@ -110,11 +110,9 @@ def command_line_options(command: str) -> dict[str, dict[str, Any]]:
     Those of the conversions stand as "moe --dtype". Taken from the parser that the command makes.
     """
 
-    parse = argparse.ArgumentParser.parse_known_args
-
-    def raise_parser(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
-        if parser.prog != f"hmoe {command}":  # such as the one that looks for --config before
-            return parse(parser, *args, **kwargs)
+    def raise_parser(parser: argparse.ArgumentParser, argv: list[str] | None = None, *args: Any, **kwargs: Any) -> Any:
+        if [action.dest for action in parser._actions] == ["config"]:
+            return argparse.Namespace(config=[]), argv  # what takes the recipes out of a command line
         raise _Parser(parser)
 
     try:

@@ -15,8 +15,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from hmoe import HMoEConfig, expert_sizes, grouped_hmoe, plan_hmoe
 from hmoe.experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
 from hmoe.grouped_hmoe import ACTIVATIONS, _gated_experts
-from hmoe.modeling_hmoe import HMoESparseMoeBlock, route_top_k, route_top_p
+from hmoe.modeling_hmoe import HMoESparseMoeBlock
 from hmoe.plan_hmoe import make_plan
+from hmoe.routing_hmoe import route_top_k, route_top_p
 
 
 HIDDEN = 16

@@ -103,7 +103,8 @@ def test_adapting_every_part_of_either_router_type_warns_of_nothing(config):
 
 @parts
 def test_merging_keeps_the_logits_and_gives_the_plain_class(config, parts):
-    model = randomize_adapters(adapted(config, **parts))
+    # In fp64: adapters this large amplify the rounding of fp32, to 1e-5 of the largest logit.
+    model = randomize_adapters(adapted(config, **parts)).double()
     expected = logits(model)
     with model.disable_adapter():
         assert (logits(model) - expected).abs().max() > 1e-3

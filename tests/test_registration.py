@@ -1,4 +1,4 @@
-"""The Auto classes know the model in every order of imports, and importing the package costs little."""
+"""The Auto classes know the model in every order of imports, and other libraries stay as they were."""
 
 import json
 import multiprocessing
@@ -60,6 +60,17 @@ import hmoe
 from transformers import AutoModelForTokenClassification
 check(AutoModelForTokenClassification, "HMoEForTokenClassification")
 """,
+    "mixtral_stays_as_it_is": """
+from transformers.models.mixtral import modeling_mixtral
+before = dict(vars(modeling_mixtral))
+import hmoe
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+check(AutoModelForCausalLM)
+copy = get_class_from_dynamic_module("modeling_hmoe.HMoEForCausalLM", folder)
+assert copy is not hmoe.HMoEForCausalLM
+assert vars(modeling_mixtral) == before
+""",
     "pickle": """
 import pickle
 from pathlib import Path
@@ -85,12 +96,6 @@ def check(auto_class, name="HMoEForCausalLM"):
     model = auto_class.from_pretrained(folder)
     assert f"{type(model).__module__}.{type(model).__name__}" == f"hmoe.modeling_hmoe.{name}", type(model)
 '''
-QUICK = '''
-import sys
-import hmoe
-dir(hmoe)
-assert not {"torch", "transformers", "numpy", "safetensors"} & set(sys.modules), sorted(sys.modules)
-'''
 
 
 def in_a_fork(name, code):
@@ -105,7 +110,6 @@ def in_a_fork(name, code):
     os.waitpid(child, 0)
 
 
-in_a_fork("quick", QUICK)
 import accelerate
 import torch._dynamo
 import torch.distributed.tensor
@@ -125,14 +129,10 @@ def import_results(tmp_path_factory, tiny_config) -> dict[str, str]:
     (folder / "config.pickle").write_bytes(pickle.dumps(model.config))
     subprocess.run(
         [sys.executable, "-c", RUN_IMPORT_ORDERS, folder, results, json.dumps(IMPORT_ORDERS)],
-        env={"OMP_NUM_THREADS": "1"},
+        env={"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(results.with_name("modules"))},
         check=True,
     )
     return {path.name: path.read_text() for path in results.iterdir()}
-
-
-def test_importing_the_package_imports_neither_torch_nor_transformers(import_results):
-    assert import_results["quick"] == "ok"
 
 
 @pytest.mark.parametrize("order", IMPORT_ORDERS)

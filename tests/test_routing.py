@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hmoe import HMoEConfig
-from hmoe.modeling_hmoe import HMoERouter, route_top_k, route_top_p
+from hmoe.routing_hmoe import ROUTERS, HMoERouter, route_top_k, route_top_p
 
 
 def literal_top_p(probability: list[float], p: float, cap: int | None = None) -> dict[int, float]:
@@ -93,7 +93,7 @@ EVERY_ROUTING = pytest.mark.parametrize("overrides", ROUTINGS.values(), ids=ROUT
 
 
 def make_router(config: HMoEConfig, dtype: torch.dtype = torch.float32) -> HMoERouter:
-    router = HMoERouter(config, layer_idx=0)
+    router = ROUTERS[config.router_type](config, layer_idx=0)
     for parameter in router.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return router.to(dtype)

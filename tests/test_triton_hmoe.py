@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_imports
 
 from hmoe import HMoEForCausalLM, expert_sizes, triton_hmoe
 from hmoe.experts_hmoe import HMoEExperts, HMoEExpertsInterface
-from hmoe.modeling_hmoe import route_top_k, route_top_p
+from hmoe.routing_hmoe import route_top_k, route_top_p
 
 
 SOURCE = Path(triton_hmoe.__file__)

@@ -9,31 +9,26 @@
 | [`convert_place`] | HMoE | HMoE with the experts ordered for expert parallelism, exact |
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import Any
-
-
-_MODULE_OF = {
-    "CannotConvert": "families",
-    "CheckFailed": "check",
-    "Conversion": "base",
-    "DenseSettings": "dense",
-    "Options": "base",
-    "ResizeSettings": "resize",
-    "convert_dense": "dense",
-    "convert_export": "export",
-    "convert_moe": "moe",
-    "convert_place": "place",
-    "convert_resize": "resize",
-}
-
-__all__ = sorted(_MODULE_OF)
+from .base import Conversion, Options
+from .check import CheckFailed
+from .dense import DenseSettings, convert_dense
+from .export import convert_export
+from .families import CannotConvert
+from .moe import convert_moe
+from .place import convert_place
+from .resize import ResizeSettings, convert_resize
 
 
-def __getattr__(name: str) -> Any:
-    # The command line prints its help without waiting for torch.
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+__all__ = [
+    "CannotConvert",
+    "CheckFailed",
+    "Conversion",
+    "DenseSettings",
+    "Options",
+    "ResizeSettings",
+    "convert_dense",
+    "convert_export",
+    "convert_moe",
+    "convert_place",
+    "convert_resize",
+]

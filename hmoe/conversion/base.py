@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from .check import (
     fits_in_memory,
     reference_logits,
 )
-from .checkpoint import CheckpointReader, CheckpointWriter, output_folder
+from .checkpoint import CheckpointReader, CheckpointWriter, output_folder, resolve_source
+from .families import load_source_config
 
 
+CAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _COPIED = [
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.tiktoken", "chat_template*", "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*"),
@@ -41,7 +43,6 @@ class Options:
 
     Attributes:
         dtype: name of the data type to write; None keeps the source's.
-        max_shard_bytes: largest weights file.
         overwrite: replace an existing checkpoint at the target, at the very end.
         check: compare the logits of source and target before the target appears.
         check_text: a text file for the check; None takes a speech.
@@ -50,12 +51,42 @@ class Options:
     """
 
     dtype: str | None = None
-    max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
     check: bool = True
     check_text: str | None = None
     command: Sequence[str] | None = None
     progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in CAST_DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(CAST_DTYPES)}, got {self.dtype!r}")
+
+    def written_dtype(self, source_dtype: torch.dtype) -> torch.dtype:
+        return source_dtype if self.dtype is None else CAST_DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SourceCheckpoint:
+    """A checkpoint to convert: as the user named it, and opened."""
+
+    name: str
+    folder: Path
+    config: Any
+    reader: CheckpointReader
+
+    @classmethod
+    def open(cls, source: str | Path, model_types: Collection[str], command: str) -> SourceCheckpoint:
+        """The checkpoint in a folder or on the Hub.
+
+        Raises:
+            ValueError: if it is not there, is damaged, or its model type is not one that `command` reads.
+        """
+        folder = resolve_source(source)
+        return cls(str(source), folder, load_source_config(folder, model_types, command), CheckpointReader(folder))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.reader.dtype(next(name for name in self.reader.names if name.endswith("embed_tokens.weight")))
 
 
 @dataclass
@@ -63,22 +94,29 @@ class Plan:
     """A conversion that is ready to be written.
 
     Attributes:
+        config: of the target; its dtype is set when the conversion is executed.
         tensors: called once, yields the names and tensors of the target in the order in which they are written.
+        num_parameters: of the target.
+        settings: arguments of the conversion, for the model card.
         exact: the target's logits equal the source's.
         forced: a routing under which they do, for targets that are not exact with their own router.
-        settings: arguments of the conversion, for the model card.
+        factor: whole number by which weights are multiplied, if any: rounding it may cost exactness.
         notes: what a reader of the card must know; printed too.
     """
 
-    source: Path
-    reader: CheckpointReader
+    source: SourceCheckpoint
     config: PreTrainedConfig
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     num_parameters: float
-    exact: bool
     settings: Mapping[str, Any]
+    exact: bool = False
     forced: ForcedRouting | None = None
+    factor: int = 1
     notes: list[str] = field(default_factory=list)
+
+    def keeps_logits(self, dtype: torch.dtype) -> bool:
+        """Whether the weights, and their multiples by `factor`, survive being written as `dtype`."""
+        return dtype == torch.float32 or (dtype == self.source.dtype and self.factor & (self.factor - 1) == 0)
 
 
 @dataclass(frozen=True)
@@ -96,23 +134,21 @@ class Conversion:
         return "\n".join([*lines, *self.notes, str(self.check) if self.check else "not checked"])
 
 
-def execute(plan: Plan, source: str, target: str | Path, options: Options) -> Conversion:
+def execute(plan: Plan, target: str | Path, options: Options) -> Conversion:
     """Writes the target, whole or not at all.
 
     Raises:
         ValueError: a broken source, a target that may not be replaced, or tensors that the conversion did not expect.
         CheckFailed: the logits should be equal and are not; nothing is left at the target.
     """
-    with output_folder(target, plan.source, overwrite=options.overwrite) as folder:
-        dtype = plan.config.dtype or torch.float32
-        total_bytes = int(plan.num_parameters * dtype.itemsize)
-        with CheckpointWriter(
-            folder, max_shard_bytes=options.max_shard_bytes, total_bytes=total_bytes, progress=options.progress
-        ) as writer:
+    plan.config.dtype = options.written_dtype(plan.source.dtype)
+    with output_folder(target, plan.source.folder, overwrite=options.overwrite) as folder:
+        total_bytes = int(plan.num_parameters * plan.config.dtype.itemsize)
+        with CheckpointWriter(folder, total_bytes=total_bytes, progress=options.progress) as writer:
             for name, tensor in plan.tensors():
-                writer.write(name, tensor)
+                writer.write(name, tensor if options.dtype is None else tensor.to(plan.config.dtype))
         _refuse_unused(plan)
-        copy_companions(plan.source, folder)
+        copy_companions(plan.source.folder, folder)
         if isinstance(plan.config, HMoEConfig):
             custom_object_save(HMoEForCausalLM, folder)
             plan.config.architectures = plan.config.architectures or [HMoEForCausalLM.__name__]
@@ -124,18 +160,18 @@ def execute(plan: Plan, source: str, target: str | Path, options: Options) -> Co
                 "--no_check skips this check"
             )
         conversion = Conversion(Path(target), plan.config, writer.num_bytes, check, tuple(notes))
-        _write_card(plan, source, folder, options.command, conversion)
+        _write_card(plan, folder, options, conversion)
         plan.config.save_pretrained(folder)  # last: until now the folder does not load
     return conversion
 
 
 def _refuse_unused(plan: Plan) -> None:
     expected = {"lm_head.weight"} if plan.config.tie_word_embeddings else set()
-    if unused := [name for name in plan.reader.unused() if name not in expected]:
+    if unused := [name for name in plan.source.reader.unused() if name not in expected]:
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         raise ValueError(
-            f"{plan.source} holds tensors that its config.json does not ask for: {', '.join(unused[:5])}{more}. "
-            "They would be lost: the model is of another kind, or its config is wrong"
+            f"{plan.source.folder} holds tensors that its config.json does not ask for: {', '.join(unused[:5])}{more}"
+            ". They would be lost: the model is of another kind, or its config is wrong"
         )
 
 
@@ -155,21 +191,24 @@ def _check(plan: Plan, folder: Path, options: Options, notes: list[str]) -> Chec
     if not fits_in_memory(plan.num_parameters):
         notes.append(f"not checked: {plan.num_parameters / 1e9:.1f} B parameters in fp32 do not fit into free memory")
         return None
-    tokens, text = check_tokens(plan.source, plan.config.vocab_size, options.check_text)
-    source_logits = reference_logits(plan.source, tokens)
-    return compare_logits(source_logits, folder, plan.config, tokens, text=text, exact=plan.exact, forced=plan.forced)
+    tokens, text = check_tokens(plan.source.folder, plan.config.vocab_size, options.check_text)
+    source_logits = reference_logits(plan.source.folder, tokens)
+    exact, forced = plan.exact, plan.forced
+    if not plan.keeps_logits(plan.config.dtype):
+        exact, forced = False, None
+    return compare_logits(source_logits, folder, plan.config, tokens, text=text, exact=exact, forced=forced)
 
 
-def _write_card(plan: Plan, source: str, folder: Path, command: Sequence[str] | None, conversion: Conversion) -> None:
-    name = Path(os.path.abspath(conversion.target)).name
+def _write_card(plan: Plan, folder: Path, options: Options, conversion: Conversion) -> None:
+    source = plan.source.name
     info = {
         "title": f"{plan.config.model_type} converted from {Path(source).name}",
         "base_model": source,
         "num_parameters": int(plan.num_parameters),
-        "command": command,
-        "settings": plan.settings,
+        "command": options.command,
+        "settings": {"source": source, "dtype": options.dtype, **plan.settings},
         "notes": conversion.notes,
         "check": str(conversion.check) if conversion.check else None,
         "tags": ["hmoe"],
     }
-    write_card(folder, name, plan.config, info)
+    write_card(folder, Path(os.path.abspath(conversion.target)).name, plan.config, info)

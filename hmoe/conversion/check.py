@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -170,10 +171,5 @@ def encode(source: Path, text: str) -> Tensor | None:
 
 
 def fits_in_memory(num_parameters: float) -> bool:
-    """Whether one fp32 copy fits into the memory that is free now (unknown counts as yes)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return True
-    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-    return available is None or 4.5 * num_parameters < available
+    """Whether one fp32 copy fits into the memory that is free now."""
+    return 4.5 * num_parameters < psutil.virtual_memory().available

@@ -1,43 +1,32 @@
-"""Reading and writing checkpoints one tensor at a time, so that memory does not grow with the model.
+"""Reading and writing safetensors checkpoints, so that memory does not grow with the model.
 
 The reader opens a file for one tensor only, because pages of a mapped file count as used memory while it is open. The
-writer appends tensors to a safetensors file behind a header of fixed size that it fills in at the end.
+writer keeps the tensors of one file.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
+from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS
 
 from ..sources import local_path, not_found
 
 
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_HEADER_BYTES = 1 << 17  # about a thousand tensors; a shard that would need more is closed
-_INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
+SHARD_BYTES = 1 << 29
 
 
 def resolve_source(source: str | os.PathLike) -> Path:
@@ -54,20 +43,15 @@ def resolve_source(source: str | os.PathLike) -> Path:
     try:
         # The smallest files first: they say which weights to fetch, where a repository holds them in several formats.
         download = fetch("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
-        if (download / _INDEX_NAMES[0]).exists():
-            return fetch("model*.safetensors")
-        if (fetch(_FILE_NAMES[0]) / _FILE_NAMES[0]).exists():
-            return download
-        return fetch("pytorch_model*.bin")
+        return fetch("model*.safetensors") if (download / INDEX).exists() else fetch(WEIGHTS)
     except OSError as error:
         raise not_found(source, error) from error
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint folder by name, in one file or many, safetensors or `pytorch_model*.bin`.
+    """The tensors of a checkpoint folder by name, in one safetensors file or many.
 
-    `.bin` files are read with `weights_only=True`: nothing in them is executed. `used` collects the names that were
-    asked for.
+    `used` collects the names that were asked for.
 
     Raises:
         ValueError: no weights, a missing or broken file, a missing tensor; the message names it.
@@ -76,7 +60,6 @@ class CheckpointReader:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.used: set[str] = set()
-        self._open_bin: tuple[Path, dict[str, Tensor]] | None = None
         self._file_of: dict[str, Path] = {}
         for path, listed in self._find_files().items():
             names = self._names_in(path)
@@ -86,37 +69,29 @@ class CheckpointReader:
 
     def _find_files(self) -> dict[Path, list[str]]:
         """Files of the checkpoint with the tensors that an index lists in them (none without an index)."""
-        for index_name, file_name in zip(_INDEX_NAMES, _FILE_NAMES):
-            if (self.folder / file_name).is_file():
-                return {self.folder / file_name: []}
-            if (self.folder / index_name).is_file():
-                files: dict[Path, list[str]] = {}
-                for name, file in json.loads((self.folder / index_name).read_text())["weight_map"].items():
-                    files.setdefault(self.folder / file, []).append(name)
-                for path in files:
-                    if not path.is_file():
-                        raise ValueError(f"{path} is missing, but {index_name} lists it: download or copy it again")
-                return files
-        raise ValueError(f"{self.folder} holds no weights: expected one of {', '.join((*_FILE_NAMES, *_INDEX_NAMES))}")
+        if (self.folder / WEIGHTS).is_file():
+            return {self.folder / WEIGHTS: []}
+        if (self.folder / INDEX).is_file():
+            files: dict[Path, list[str]] = {}
+            for name, file in json.loads((self.folder / INDEX).read_text())["weight_map"].items():
+                files.setdefault(self.folder / file, []).append(name)
+            for path in files:
+                if not path.is_file():
+                    raise ValueError(f"{path} is missing, but {INDEX} lists it: download or copy it again")
+            return files
+        if pickles := sorted(path.name for path in self.folder.glob("*.bin*")):
+            raise ValueError(
+                f"{self.folder} holds its weights as pickles ({pickles[0]}), which are not read: save them as "
+                "safetensors first, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            )
+        raise ValueError(f"{self.folder} holds no weights: expected {WEIGHTS} or {INDEX}")
 
     def _names_in(self, path: Path) -> list[str]:
-        if path.suffix == ".bin":
-            return list(self._load_bin(path))
         try:
             with safe_open(path, framework="pt") as file:
                 return list(file.keys())
         except SafetensorError as error:
             raise _broken(path, error) from error
-
-    def _load_bin(self, path: Path) -> dict[str, Tensor]:
-        if self._open_bin is None or self._open_bin[0] != path:
-            self._open_bin = None
-            try:
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-                raise _broken(path, error) from error
-            self._open_bin = (path, tensors)
-        return self._open_bin[1]
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -139,9 +114,6 @@ class CheckpointReader:
             )
         self.used.add(name)
         path = self._file_of[name]
-        if path.suffix == ".bin":
-            stored = self._load_bin(path)[name]
-            return (stored if index is None else stored[index]).clone()
         try:
             with safe_open(path, framework="pt") as file:
                 return (file.get_tensor(name) if index is None else file.get_slice(name)[index]).clone()
@@ -149,15 +121,9 @@ class CheckpointReader:
             raise _broken(path, error) from error
 
     def dtype(self, name: str) -> torch.dtype:
-        path = self._file_of[name]
-        if path.suffix == ".bin":
-            return self._load_bin(path)[name].dtype
-        with safe_open(path, framework="pt") as file:
-            stored = file.get_slice(name).get_dtype()
-        for dtype, spelling in SAFETENSORS_DTYPES.items():
-            if spelling == stored:
-                return dtype
-        raise ValueError(f"{path}: `{name}` has the data type {stored}, which this reads not: dequantize it first")
+        with safe_open(self._file_of[name], framework="pt") as file:
+            stored = file.get_slice(name)
+            return (stored[:1] if stored.get_shape() else file.get_tensor(name)).dtype
 
     def unused(self) -> list[str]:
         """Names that nothing asked for; rotary frequencies, which old checkpoints carry, do not count."""
@@ -165,91 +131,64 @@ class CheckpointReader:
 
 
 def _broken(path: Path, error: Exception) -> ValueError:
-    kind = "a PyTorch file of plain tensors" if path.suffix == ".bin" else "safetensors"
     size = path.stat().st_size if path.exists() else 0
-    return ValueError(f"{path} ({size} bytes) is truncated, corrupt or not {kind}: {error}. Download or copy it again")
+    return ValueError(
+        f"{path} ({size} bytes) is truncated, corrupt or not safetensors: {error}. Download or copy it again"
+    )
 
 
 class CheckpointWriter:
-    """Appends tensors to safetensors files in `folder`; memory holds no more than the tensor being written.
+    """Writes tensors into safetensors files of about `SHARD_BYTES` in `folder`; memory holds those of one file.
 
-    Use as a context manager; leaving it without an exception finishes the files and writes the index.
+    Use as a context manager; leaving it without an exception writes the last file and the index.
 
     Args:
-        max_shard_bytes: a new file begins where the current one would grow beyond it.
         total_bytes: expected size of all tensors, for the progress bar.
         progress: show the bar; None shows it on a terminal only.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        *,
-        max_shard_bytes: int = 5 * 10**9,
-        total_bytes: int | None = None,
-        progress: bool | None = None,
-    ):
+    def __init__(self, folder: str | os.PathLike, *, total_bytes: int | None = None, progress: bool | None = None):
         self.folder = Path(folder)
-        self.max_shard_bytes = max_shard_bytes
         self.num_bytes = 0
-        self._shards: list[dict[str, dict]] = []
-        self._file: BinaryIO | None = None
-        self._data_bytes = self._header_bytes = 0  # of the current shard
+        self._shards: list[list[str]] = []  # names
+        self._waiting: dict[str, Tensor] = {}
         disable = None if progress is None else not progress
         self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", disable=disable)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        num_bytes = data.numel()
-        header_bytes = len(name) + 24 * tensor.dim() + 128  # at least what the entry takes
-        full = self._data_bytes and self._data_bytes + num_bytes > self.max_shard_bytes
-        if self._file is None or full or self._header_bytes + header_bytes > _HEADER_BYTES:
-            self._begin_shard()
-        assert self._file is not None
-        self._shards[-1][name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._data_bytes, self._data_bytes + num_bytes],
-        }
-        self._file.write(data.numpy().data)
-        self._data_bytes += num_bytes
-        self._header_bytes += header_bytes
-        self.num_bytes += num_bytes
-        self._bar.update(num_bytes)
+        if sum(waiting.nbytes for waiting in self._waiting.values()) + tensor.nbytes > SHARD_BYTES:
+            self._write_shard()
+        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)  # no part of a larger one is kept or written
+        self._waiting[name] = tensor.detach()
+        self.num_bytes += tensor.nbytes
+        self._bar.update(tensor.nbytes)
 
-    def _begin_shard(self) -> None:
-        self._end_shard()
-        self._shards.append({})
-        self._data_bytes, self._header_bytes = 0, 64
-        self._file = open(self._partial_path(len(self._shards)), "wb")  # noqa: SIM115 (closed by _end_shard)
-        self._file.write(b"\0" * (8 + _HEADER_BYTES))
-
-    def _end_shard(self) -> None:
-        if self._file is None:
+    def _write_shard(self) -> None:
+        if not self._waiting:
             return
-        self._file.seek(0)
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._shards[-1]}, separators=(",", ":")).encode()
-        self._file.write(_HEADER_BYTES.to_bytes(8, "little") + header.ljust(_HEADER_BYTES))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
+        self._shards.append(list(self._waiting))
+        path = self._partial_path(len(self._shards))
+        save_file(self._waiting, path, metadata={"format": "pt"})
+        self._waiting = {}
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
     def _partial_path(self, number: int) -> Path:
         return self.folder / f"shard-{number}.partial"
 
     def finish(self) -> None:
         """Names the files as Transformers expects them and writes the index."""
-        self._end_shard()
+        self._write_shard()
         count = len(self._shards)
         weight_map = {}
-        for number, shard in enumerate(self._shards, start=1):
-            file_name = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+        for number, names in enumerate(self._shards, start=1):
+            file_name = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else WEIGHTS
             os.replace(self._partial_path(number), self.folder / file_name)
-            weight_map.update(dict.fromkeys(shard, file_name))
+            weight_map.update(dict.fromkeys(names, file_name))
         if count > 1:
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / _INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n")
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -258,8 +197,6 @@ class CheckpointWriter:
         self._bar.close()
         if kind is None:
             self.finish()
-        elif self._file is not None:
-            self._file.close()
 
 
 @contextmanager

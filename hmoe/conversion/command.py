@@ -13,73 +13,51 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
-from ..configuration_hmoe import HMoEConfig
-from ..placement import METHODS, describe_placement
-from .base import Conversion, Options
-from .checkpoint import resolve_source
-from .dense import DenseSettings, convert_dense
-from .export import convert_export
+from .. import placement
+from ..sizes import SIZE_STRATEGIES
+from .base import CAST_DTYPES, Options
+from .dense import METHODS, NEURONS, OUTPUT_SCALES, ROUTERS, DenseSettings, convert_dense
+from .export import EXPORT_TYPES, convert_export
 from .moe import convert_moe
 from .place import convert_place, read_load
 from .resize import ResizeSettings, convert_resize
-
-
-STRATEGIES = ["arithmetic", "geometric", "hybrid", "pairs", "uniform"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `hmoe convert ...`; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    print(_CONVERSIONS[args.conversion](args, _options(args, ["convert", *argv])))
-    return 0
-
-
-def _options(args: argparse.Namespace, command: list[str]) -> Options:
-    return Options(
+    options = Options(
         dtype=args.dtype,
-        max_shard_bytes=int(args.max_shard_gb * 1e9),
         overwrite=args.overwrite,
         check=not args.no_check,
         check_text=args.check_text,
-        command=command,
+        command=["convert", *argv],
     )
-
-
-def _moe(args: argparse.Namespace, options: Options) -> Conversion:
-    return convert_moe(args.source, args.target, options)
-
-
-def _dense(args: argparse.Namespace, options: Options) -> Conversion:
-    return convert_dense(args.source, args.target, _settings(DenseSettings, args), options)
-
-
-def _resize(args: argparse.Namespace, options: Options) -> Conversion:
-    return convert_resize(args.source, args.target, _settings(ResizeSettings, args), options)
-
-
-def _export(args: argparse.Namespace, options: Options) -> Conversion:
-    return convert_export(args.source, args.target, to=args.to, options=options)
-
-
-def _place(args: argparse.Namespace, options: Options) -> Conversion:
-    conversion = convert_place(
-        args.source, args.target, args.num_ranks, method=args.method, load=args.load, options=options
-    )
-    load = read_load(args.load) if args.load else None
-    print(describe_placement(HMoEConfig.from_pretrained(resolve_source(args.source)), args.num_ranks, load))
-    return conversion
+    if args.conversion == "moe":
+        result = convert_moe(args.source, args.target, options)
+    elif args.conversion == "dense":
+        result = convert_dense(args.source, args.target, _settings(DenseSettings, args), options)
+    elif args.conversion == "resize":
+        result = convert_resize(args.source, args.target, _settings(ResizeSettings, args), options)
+    elif args.conversion == "export":
+        result = convert_export(args.source, args.target, to=args.to, options=options)
+    else:
+        result = convert_place(
+            args.source, args.target, args.num_ranks, method=args.method, load=args.load, options=options
+        )
+        measured = read_load(args.load) if args.load else None
+        print(placement.describe_placement(result.config, args.num_ranks, measured))
+    print(result)
+    return 0
 
 
 def _settings(settings_class: Any, args: argparse.Namespace) -> Any:
     """The settings object; what was not given keeps its default there."""
     given = {name: value for name, value in vars(args).items() if name in settings_class.__dataclass_fields__}
     return settings_class(**{name: value for name, value in given.items() if value is not None})
-
-
-_CONVERSIONS = {"moe": _moe, "dense": _dense, "resize": _resize, "export": _export, "place": _place}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,13 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     export = _add(conversions, "export", "HMoE with Top-K to Mixtral or Qwen3-MoE by zero padding: the same logits")
     export.add_argument(
         "--to",
-        choices=["auto", "mixtral", "qwen3_moe"],
+        choices=["auto", *EXPORT_TYPES],
         default="auto",
         help="auto: qwen3_moe if the model has qk_norm",
     )
     place = _add(conversions, "place", "HMoE to HMoE with the experts ordered for expert parallelism: the same logits")
     place.add_argument("--num_ranks", type=int, required=True, help="ranks that hold the experts (ep_size)")
-    place.add_argument("--method", choices=METHODS, help="default: pairs where they are whole, else balanced")
+    place.add_argument(
+        "--method", choices=placement.METHODS, help="default: pairs where they are whole, else balanced"
+    )
     place.add_argument("--load", metavar="FILE", help="metrics.jsonl of a run: balance by the measured load")
     return parser
 
@@ -116,8 +96,8 @@ def _add(conversions: Any, name: str, text: str) -> argparse.ArgumentParser:
         "source", metavar="SOURCE", help="a checkpoint's folder, or OWNER/NAME of the Hugging Face Hub"
     )
     parser.add_argument("target", metavar="TARGET", help="the folder to make")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the source's")
-    parser.add_argument("--max_shard_gb", type=float, default=5.0, help="largest weights file (default 5)")
+    parser.add_argument("--dtype", choices=list(CAST_DTYPES), help="default: the source's")
+    parser.add_argument("--max_shard_gb", action=_Retired, help=argparse.SUPPRESS)
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint at TARGET, at the very end")
     parser.add_argument("--no_check", action="store_true", help="do not compare the logits of source and target")
     parser.add_argument("--check_text", metavar="FILE", help="text for the comparison (default: a short speech)")
@@ -125,18 +105,18 @@ def _add(conversions: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def _add_dense_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=["split", "upcycle"], help="default: split")
+    parser.add_argument("--method", choices=METHODS, help="default: split")
     parser.add_argument("--num_experts", type=int, help="default: 8")
     parser.add_argument("--num_experts_per_tok", type=int, help="default: 2")
     parser.add_argument(
         "--neurons",
-        choices=["random", "magnitude", "activation", "coactivation"],
+        choices=NEURONS["split"],
         help="what decides where neurons go (default: magnitude); the last two need --calibration_text",
     )
-    parser.add_argument("--output_scale", choices=["sum", "expected"], help="scale of a split's output (default: sum)")
+    parser.add_argument("--output_scale", choices=OUTPUT_SCALES, help="scale of a split's output (default: sum)")
     parser.add_argument(
         "--router",
-        choices=["random", "fitted", "balanced"],
+        choices=ROUTERS,
         help="the last two: split, with --calibration_text; default: random",
     )
     parser.add_argument(
@@ -151,7 +131,7 @@ def _add_resize_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_size_options(parser: argparse.ArgumentParser, total: str) -> None:
-    parser.add_argument("--strategy", choices=STRATEGIES, help="rule for the sizes")
+    parser.add_argument("--strategy", choices=list(SIZE_STRATEGIES), help="rule for the sizes")
     parser.add_argument("--total", type=int, help=f"sum of a layer's sizes, for the {total}")
     parser.add_argument("--multiple_of", type=int, help="sizes are multiples of it (default: from the width)")
     parser.add_argument(
@@ -160,6 +140,14 @@ def _add_size_options(parser: argparse.ArgumentParser, total: str) -> None:
     parser.add_argument("--calibration_text", metavar="FILE", help="text for activation statistics")
     parser.add_argument("--calibration_tokens", type=int, help="tokens of it to use (default 4096)")
     parser.add_argument("--seed", type=int, help="default: 0")
+
+
+class _Retired(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
+        parser.error(
+            "--max_shard_gb is gone, weights are written in files of about half a gigabyte: leave it out; "
+            "model.save_pretrained(FOLDER, max_shard_size=...) makes files of another size"
+        )
 
 
 def _sizes(text: str) -> Any:

@@ -25,21 +25,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
-from ..sizes_hmoe import expert_sizes
-from .base import Conversion, Options, Plan, execute
+from ..sizes import expert_sizes, find_strategy
+from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .calibration import calibration_tokens, run_layers
 from .check import ForcedRouting
-from .checkpoint import CheckpointReader, resolve_source
-from .families import (
-    DENSE_TYPES,
-    attention_names,
-    is_lossless,
-    load_source_config,
-    model_names,
-    named_dtype,
-    shared_fields,
-)
-from .layout import bank_tensors, cast
+from .checkpoint import CheckpointReader
+from .families import DENSE_FAMILIES, attention_names, model_names, shared_fields
+from .layout import bank_tensors
 from .neurons import (
     cluster_neurons,
     contributions,
@@ -146,28 +138,20 @@ def convert_dense(
         CannotConvert: a config field that HMoE cannot express.
         ValueError: sizes that do not fit the FFN, with the nearest that do.
     """
-    settings, options = settings or DenseSettings(), options or Options()
-    folder = resolve_source(source)
-    config = load_source_config(folder, DENSE_TYPES, "dense")
-    reader = CheckpointReader(folder)
+    settings = settings or DenseSettings()
+    opened = SourceCheckpoint.open(source, DENSE_FAMILIES, "dense")
+    config = opened.config
     target_config = hmoe_config_of(config, settings)
-    dtype = named_dtype(options.dtype)
-    source_dtype = reader.dtype("model.embed_tokens.weight")
-    target_config.dtype = dtype or source_dtype
-    factor = down_scale(target_config, settings)
     plan = Plan(
-        source=folder,
-        reader=reader,
+        source=opened,
         config=target_config,
-        tensors=lambda: _tensors(reader, config, target_config, settings, dtype),
+        tensors=lambda: _tensors(opened.reader, config, target_config, settings),
         num_parameters=count_parameters(target_config).total,
-        exact=False,
-        forced=_neutral_routing(target_config, settings, config.intermediate_size)
-        if is_lossless(source_dtype, dtype, factor)
-        else None,
-        settings={"conversion": "dense", "source": str(source), "dtype": options.dtype, **asdict(settings)},
+        settings={"conversion": "dense", **asdict(settings)},
+        forced=_neutral_routing(target_config, settings, config.intermediate_size),
+        factor=down_scale(target_config, settings),
     )
-    return execute(plan, str(source), target, options)
+    return execute(plan, target, options or Options())
 
 
 def hmoe_config_of(config: PreTrainedConfig, settings: DenseSettings) -> HMoEConfig:
@@ -197,7 +181,7 @@ def choose_sizes(settings: DenseSettings, width: int) -> list[Any]:
         return expert_sizes(settings.strategy, settings.num_experts, total=total, multiple_of=multiple_of)
     # As wide as possible while no expert is wider than the FFN.
     multiple_of = settings.multiple_of or default_multiple(width, settings.num_experts)
-    step = multiple_of * (settings.num_experts // 2 or 1 if settings.strategy == "pairs" else 1)
+    step = multiple_of * find_strategy(settings.strategy).units_step(settings.num_experts)
     for total in range(width * settings.num_experts // step * step, 0, -step):
         sizes = expert_sizes(settings.strategy, settings.num_experts, total=total, multiple_of=multiple_of)
         if max(sizes) <= width:
@@ -241,13 +225,12 @@ def _tensors(
     config: PreTrainedConfig,
     target: HMoEConfig,
     settings: DenseSettings,
-    dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
     _, attention = shared_fields(config)
     calibrated = _calibrate(reader, config, target, settings) if settings.needs_calibration else None
     factor = down_scale(target, settings)
     for layer, sizes in enumerate(target.layer_expert_sizes):
-        yield from _attention_tensors(reader, target, layer, attention.projections_with_bias, dtype)
+        yield from _attention_tensors(reader, target, layer, attention.projections_with_bias)
         generator = _layer_generator(settings, layer)
         weights = _ffn(reader, layer)
         layer_plan = calibrated[layer] if calibrated else _plan_layer(settings, sizes, weights, generator)
@@ -256,17 +239,17 @@ def _tensors(
             norm_weight = reader.tensor(f"model.layers.{layer}.post_attention_layernorm.weight")
             router = random_router(norm_weight, len(sizes), ROUTER_LOGIT_STD, generator)
         yield f"model.layers.{layer}.mlp.gate.weight", router.to(target.dtype)
-        copies = _Copies(weights, layer_plan.parts, settings, generator, factor)
-        yield from bank_tensors(target, layer, copies.read, dtype)
+        experts = _FfnExperts(weights, layer_plan.parts, settings, generator, factor)
+        yield from bank_tensors(target, layer, experts.read)
     for name in model_names(target):
-        yield name, cast(reader.tensor(name), dtype)
+        yield name, reader.tensor(name)
 
 
 def _attention_tensors(
-    reader: CheckpointReader, target: HMoEConfig, layer: int, biases: tuple[str, ...], dtype: torch.dtype | None
+    reader: CheckpointReader, target: HMoEConfig, layer: int, biases: tuple[str, ...]
 ) -> Iterator[tuple[str, Tensor]]:
     for name in attention_names(target, layer, biases):
-        yield name, cast(reader.tensor(name), dtype)
+        yield name, reader.tensor(name)
     if target.attention_bias and "o_proj" not in biases:
         name = f"model.layers.{layer}.self_attn.o_proj.bias"
         yield name, torch.zeros(target.hidden_size, dtype=target.dtype)
@@ -326,7 +309,7 @@ def _calibrate(
     return plans
 
 
-class _Copies:
+class _FfnExperts:
     """Reads experts off a dense FFN: chosen neurons, scaled, with noise and re-initialised neurons if asked for."""
 
     def __init__(

@@ -16,25 +16,13 @@ from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
-from .base import Conversion, Options, Plan, execute
-from .checkpoint import CheckpointReader, resolve_source
-from .families import (
-    CannotConvert,
-    attention_names,
-    is_lossless,
-    load_source_config,
-    model_names,
-    named_dtype,
-)
-from .layout import cast, read_banks, unpack_expert
+from .base import Conversion, Options, Plan, SourceCheckpoint, execute
+from .checkpoint import CheckpointReader
+from .families import MOE_FAMILIES, CannotConvert, attention_names, model_names
+from .layout import read_banks, unpack_expert
 
 
 EXPORT_TYPES = ("mixtral", "qwen3_moe")
-# Names on disk, which every runtime of these models reads.
-_NAMES = {
-    "mixtral": ("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
-    "qwen3_moe": ("mlp", {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
-}
 _SERVE_HMOE = "Serve the HMoE checkpoint itself with Transformers"
 
 
@@ -50,27 +38,22 @@ def convert_export(
         CannotConvert: a config field that the target cannot express, with its value, the reason and the remedy.
     """
     options = options or Options()
-    folder = resolve_source(source)
-    config = load_source_config(folder, ("hmoe",), "export")
-    reader = CheckpointReader(folder)
+    opened = SourceCheckpoint.open(source, ("hmoe",), "export")
+    config, reader = opened.config, opened.reader
     target_type = check_exportable(config, to)
     dense = _dense_layers(config, reader) if target_type == "qwen3_moe" else []
-    target_config = stock_config_of(config, target_type, dense)
-    dtype = named_dtype(options.dtype)
-    source_dtype = reader.dtype("model.embed_tokens.weight")
-    target_config.dtype = dtype or source_dtype
     cost = padding_cost(config, dense)
     plan = Plan(
-        source=folder,
-        reader=reader,
-        config=target_config,
-        tensors=lambda: _tensors(reader, config, target_type, dense, dtype),
+        source=opened,
+        config=stock_config_of(config, target_type, dense),
+        tensors=lambda: _tensors(reader, config, target_type, dense),
         num_parameters=cost.parameters_after,
-        exact=is_lossless(source_dtype, dtype, config.num_experts_per_tok if dense else 1),
-        settings={"conversion": "export", "source": str(source), "to": target_type, "dtype": options.dtype},
-        notes=[cost.describe(target_config.dtype.itemsize), *_training_notes(config)],
+        settings={"conversion": "export", "to": target_type},
+        exact=True,
+        factor=config.num_experts_per_tok if dense else 1,
+        notes=[cost.describe(options.written_dtype(opened.dtype).itemsize), *_training_notes(config)],
     )
-    return execute(plan, str(source), target, options)
+    return execute(plan, target, options)
 
 
 def check_exportable(config: HMoEConfig, to: str = "auto") -> str:
@@ -224,43 +207,41 @@ def _training_notes(config: HMoEConfig) -> list[str]:
 
 
 def _tensors(
-    reader: CheckpointReader, config: HMoEConfig, target_type: str, dense: list[int], dtype: torch.dtype | None
+    reader: CheckpointReader, config: HMoEConfig, target_type: str, dense: list[int]
 ) -> Iterator[tuple[str, Tensor]]:
     biases = ("q_proj", "k_proj", "v_proj", "o_proj") if config.attention_bias else ()
     widest = max(max(sizes) for layer, sizes in enumerate(config.layer_expert_sizes) if layer not in dense)
     for layer in range(config.num_hidden_layers):
         for name in attention_names(config, layer, biases):
-            yield name, cast(reader.tensor(name), dtype)
+            yield name, reader.tensor(name)
         if layer in dense:
             reader.tensor(_router_name(layer))
-            yield from _dense_tensors(reader, config, layer, dtype)
+            yield from _dense_tensors(reader, config, layer)
         else:
-            yield from _expert_tensors(reader, config, layer, target_type, widest, dtype)
+            yield from _expert_tensors(reader, config, layer, target_type, widest)
     for name in model_names(config):
-        yield name, cast(reader.tensor(name), dtype)
+        yield name, reader.tensor(name)
 
 
 def _expert_tensors(
-    reader: CheckpointReader, config: HMoEConfig, layer: int, target_type: str, widest: int, dtype: torch.dtype | None
+    reader: CheckpointReader, config: HMoEConfig, layer: int, target_type: str, widest: int
 ) -> Iterator[tuple[str, Tensor]]:
-    block, part_names = _NAMES[target_type]
-    prefix = f"model.layers.{layer}.{block}"
-    yield f"{prefix}.gate.weight", cast(reader.tensor(_router_name(layer)), dtype)
+    family = MOE_FAMILIES[target_type]
+    prefix = f"model.layers.{layer}.{family.block}"
+    yield f"{prefix}.gate.weight", reader.tensor(_router_name(layer))
     banks = read_banks(reader, layer)
     sizes = config.layer_expert_sizes[layer]
     for expert, size in enumerate(sizes):
         for part, rows in unpack_expert(banks, sizes, expert).items():
-            padded = F.pad(cast(rows, dtype), (0, 0, 0, widest - size))  # [widest, H]
-            yield f"{prefix}.experts.{expert}.{part_names[part]}.weight", padded.t() if part == "down" else padded
+            padded = F.pad(rows, (0, 0, 0, widest - size))  # [widest, H]
+            yield f"{prefix}.experts.{expert}.{family.parts[part]}.weight", padded.t() if part == "down" else padded
 
 
-def _dense_tensors(
-    reader: CheckpointReader, config: HMoEConfig, layer: int, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
+def _dense_tensors(reader: CheckpointReader, config: HMoEConfig, layer: int) -> Iterator[tuple[str, Tensor]]:
     banks = read_banks(reader, layer)
     sizes = config.layer_expert_sizes[layer]
     experts = [unpack_expert(banks, sizes, expert) for expert in range(len(sizes))]
     for part in ("gate", "up", "down"):
         rows = torch.cat([expert[part] for expert in experts])
         weight = rows.t() / len(sizes) if part == "down" else rows
-        yield f"model.layers.{layer}.mlp.{part}_proj.weight", cast(weight, dtype)
+        yield f"model.layers.{layer}.mlp.{part}_proj.weight", weight

@@ -1,21 +1,16 @@
-"""What the configs of the source families say in the terms of `HMoEConfig`, or why they cannot be said."""
+"""The families of models that are converted: what their configs say in the terms of `HMoEConfig`, or why it cannot be
+said, and what their tensors are called."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-
-DENSE_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-MOE_TYPES = ("mixtral", "qwen3_moe", "olmoe")
-
-CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _SAME_FIELDS = (
     "vocab_size",
@@ -44,41 +39,6 @@ class CannotConvert(ValueError):
         self.field, self.value = field, value
 
 
-def load_source_config(folder: Path, expected: tuple[str, ...], command: str) -> PreTrainedConfig:
-    """The config of a source checkpoint, if its type is one of `expected` and its weights are plain tensors."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no config.json: give the folder of a checkpoint")
-    try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}. Download or copy it again") from error
-    model_type = raw.get("model_type")
-    if model_type not in expected:
-        raise CannotConvert(
-            "model_type",
-            model_type,
-            f"`hmoe convert {command}` reads {', '.join(expected)}",
-            _other_command(model_type),
-        )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise CannotConvert(
-            "quantization_config",
-            method,
-            "quantized weights cannot be regrouped exactly",
-            "Dequantize the model first",
-        )
-    return AutoConfig.from_pretrained(folder)
-
-
-def _other_command(model_type: str | None) -> str:
-    for command, types in (("dense", DENSE_TYPES), ("moe", MOE_TYPES), ("resize` or `export", ("hmoe",))):
-        if model_type in types:
-            return f"Use `hmoe convert {command}` for it"
-    return "Convert it to one of these with the tools of its authors first"
-
-
 @dataclass(frozen=True)
 class Attention:
     """How a family's attention is expressed.
@@ -92,17 +52,24 @@ class Attention:
     projections_with_bias: tuple[str, ...]
 
 
-def shared_fields(config: PreTrainedConfig) -> tuple[dict[str, Any], Attention]:
-    """Everything of the HMoE config that is not about experts.
+def _attention(bias: bool, *, qk_norm: bool = False, sliding_window: int | None = None) -> Attention:
+    fields = {"attention_bias": bias, "qk_norm": qk_norm, "sliding_window": sliding_window}
+    return Attention(fields, ("q_proj", "k_proj", "v_proj", "o_proj") if bias else ())
 
-    Raises:
-        CannotConvert: a setting of the attention that HMoE does not have.
-    """
-    attention = _ATTENTION[config.model_type](config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fields = {name: getattr(config, name) for name in _SAME_FIELDS}
-    fields["attention_dropout"] = config.attention_dropout or 0.0
-    return {**fields, "head_dim": head_dim, **attention.fields}, attention
+
+def _uniform_window(config: PreTrainedConfig) -> int | None:
+    """The sliding window of all layers, or None; HMoE cannot have it on some layers only."""
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if config.sliding_window is None or kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise CannotConvert(
+            "layer_types",
+            sorted(kinds),
+            f"HMoE has the window `sliding_window`={config.sliding_window} on every layer or on none",
+            "Set `use_sliding_window` to false in config.json if all contexts are shorter than the window",
+        )
+    return config.sliding_window
 
 
 def _llama(config: PreTrainedConfig) -> Attention:
@@ -150,35 +117,91 @@ def _olmoe(config: PreTrainedConfig) -> Attention:
     return _attention(config.attention_bias, qk_norm=True)
 
 
-_ATTENTION: dict[str, Callable[[PreTrainedConfig], Attention]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "mixtral": _mixtral,
-    "qwen3_moe": _qwen3_moe,
-    "olmoe": _olmoe,
+def _no_layers(config: PreTrainedConfig) -> list[int]:
+    return []
+
+
+def _qwen3_moe_dense_layers(config: PreTrainedConfig) -> list[int]:
+    layers = range(config.num_hidden_layers)
+    return [i for i in layers if i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step]
+
+
+@dataclass(frozen=True)
+class MoEFamily:
+    """A family of mixtures: all that its conversion into HMoE needs, and the spelling that an export writes.
+
+    Attributes:
+        attention: its attention in the terms of `HMoEConfig`.
+        width: config field of the neurons of an expert.
+        block: module that holds router and experts on disk.
+        parts: an expert's `gate`, `up` and `down` projections on disk.
+        dense_layers: layers that have an FFN in the place of experts.
+    """
+
+    attention: Callable[[PreTrainedConfig], Attention]
+    width: str = "intermediate_size"
+    block: str = "mlp"
+    parts: Mapping[str, str] = field(
+        default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    )
+    dense_layers: Callable[[PreTrainedConfig], list[int]] = _no_layers
+
+
+MOE_FAMILIES = {
+    "mixtral": MoEFamily(_mixtral, block="block_sparse_moe", parts={"gate": "w1", "up": "w3", "down": "w2"}),
+    "qwen3_moe": MoEFamily(_qwen3_moe, width="moe_intermediate_size", dense_layers=_qwen3_moe_dense_layers),
+    "olmoe": MoEFamily(_olmoe),
 }
+DENSE_FAMILIES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
 
 
-def _attention(bias: bool, *, qk_norm: bool = False, sliding_window: int | None = None) -> Attention:
-    fields = {"attention_bias": bias, "qk_norm": qk_norm, "sliding_window": sliding_window}
-    return Attention(fields, ("q_proj", "k_proj", "v_proj", "o_proj") if bias else ())
-
-
-def _uniform_window(config: PreTrainedConfig) -> int | None:
-    """The sliding window of all layers, or None; HMoE cannot have it on some layers only."""
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
-    if config.sliding_window is None or kinds == {"full_attention"}:
-        return None
-    if kinds != {"sliding_attention"}:
+def load_source_config(folder: Path, expected: Collection[str], command: str) -> PreTrainedConfig:
+    """The config of a source checkpoint, if its type is one of `expected` and its weights are plain tensors."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json: give the folder of a checkpoint")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Download or copy it again") from error
+    model_type = raw.get("model_type")
+    if model_type not in expected:
         raise CannotConvert(
-            "layer_types",
-            sorted(kinds),
-            f"HMoE has the window `sliding_window`={config.sliding_window} on every layer or on none",
-            "Set `use_sliding_window` to false in config.json if all contexts are shorter than the window",
+            "model_type",
+            model_type,
+            f"`hmoe convert {command}` reads {', '.join(expected)}",
+            _other_command(model_type),
         )
-    return config.sliding_window
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        raise CannotConvert(
+            "quantization_config",
+            method,
+            "quantized weights cannot be regrouped exactly",
+            "Dequantize the model first",
+        )
+    return AutoConfig.from_pretrained(folder)
+
+
+def _other_command(model_type: str | None) -> str:
+    for command, types in (("dense", DENSE_FAMILIES), ("moe", MOE_FAMILIES), ("resize` or `export", ("hmoe",))):
+        if model_type in types:
+            return f"Use `hmoe convert {command}` for it"
+    return "Convert it to one of these with the tools of its authors first"
+
+
+def shared_fields(config: PreTrainedConfig) -> tuple[dict[str, Any], Attention]:
+    """Everything of the HMoE config that is not about experts.
+
+    Raises:
+        CannotConvert: a setting of the attention that HMoE does not have.
+    """
+    family = DENSE_FAMILIES.get(config.model_type) or MOE_FAMILIES[config.model_type].attention
+    attention = family(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fields = {name: getattr(config, name) for name in _SAME_FIELDS}
+    fields["attention_dropout"] = config.attention_dropout or 0.0
+    return {**fields, "head_dim": head_dim, **attention.fields}, attention
 
 
 def attention_names(config: PreTrainedConfig | Any, layer: int, biases: tuple[str, ...]) -> list[str]:
@@ -195,20 +218,3 @@ def model_names(config: PreTrainedConfig | Any) -> list[str]:
     """Tensors outside the layers; the head is left out where it is the embedding."""
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     return names if config.tie_word_embeddings else [*names, "lm_head.weight"]
-
-
-def named_dtype(dtype: str | None) -> torch.dtype | None:
-    """The floating data type of that name; None, for keeping the source's, passes through."""
-    chosen = None if dtype is None else getattr(torch, dtype, None)
-    if dtype is not None and not (isinstance(chosen, torch.dtype) and chosen in CAST_DTYPES):
-        names = ", ".join(str(known).removeprefix("torch.") for known in CAST_DTYPES)
-        raise ValueError(f"`dtype` must be one of {names}, got {dtype!r}")
-    return chosen
-
-
-def is_lossless(source: torch.dtype, target: torch.dtype | None, factor: int = 1) -> bool:
-    """Whether a weight times the whole number `factor` survives being written as `target` (None: as it was)."""
-    written = source if target is None else target
-    if written == torch.float32:
-        return True
-    return written == source and factor & (factor - 1) == 0

@@ -20,18 +20,14 @@ from .checkpoint import CheckpointReader
 ReadExpert = Callable[[int, str], Tensor]
 
 
-def bank_tensors(
-    config: HMoEConfig, layer: int, read: ReadExpert, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
+def bank_tensors(config: HMoEConfig, layer: int, read: ReadExpert) -> Iterator[tuple[str, Tensor]]:
     """The two bank tensors of a layer, one after the other, filled expert by expert."""
     prefix = f"model.layers.{layer}.mlp.experts"
-    yield f"{prefix}.gate_up_proj", _fill(config, layer, ("gate", "up"), read, dtype)
-    yield f"{prefix}.down_proj", _fill(config, layer, ("down",), read, dtype)
+    yield f"{prefix}.gate_up_proj", _fill(config, layer, ("gate", "up"), read)
+    yield f"{prefix}.down_proj", _fill(config, layer, ("down",), read)
 
 
-def _fill(
-    config: HMoEConfig, layer: int, parts: tuple[str, ...], read: ReadExpert, dtype: torch.dtype | None
-) -> Tensor:
+def _fill(config: HMoEConfig, layer: int, parts: tuple[str, ...], read: ReadExpert) -> Tensor:
     sizes, tile = config.layer_expert_sizes[layer], config.expert_tile_size
     assert tile is not None
     bank = None
@@ -39,7 +35,7 @@ def _fill(
         for position, part in enumerate(parts):
             rows = read(expert, part)
             if bank is None:
-                bank = torch.empty(sum(sizes) // tile, len(parts) * tile, rows.shape[1], dtype=dtype or rows.dtype)
+                bank = torch.empty(sum(sizes) // tile, len(parts) * tile, rows.shape[1], dtype=rows.dtype)
             tiles = bank[start:end, position * tile : (position + 1) * tile]  # [n, g, H]
             tiles.copy_(rows.reshape(end - start, tile, -1))
     assert bank is not None
@@ -67,7 +63,3 @@ def read_banks(reader: CheckpointReader, layer: int) -> tuple[Tensor, Tensor]:
     """`gate_up_proj` [N, 2g, H] and `down_proj` [N, g, H] of a layer of an HMoE checkpoint."""
     prefix = f"model.layers.{layer}.mlp.experts"
     return reader.tensor(f"{prefix}.gate_up_proj"), reader.tensor(f"{prefix}.down_proj")
-
-
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,24 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
-from .base import Conversion, Options, Plan, execute
-from .checkpoint import CheckpointReader, resolve_source
-from .families import (
-    MOE_TYPES,
-    CannotConvert,
-    attention_names,
-    is_lossless,
-    load_source_config,
-    model_names,
-    named_dtype,
-    shared_fields,
-)
-from .layout import bank_tensors, cast
+from .base import Conversion, Options, Plan, SourceCheckpoint, execute
+from .checkpoint import CheckpointReader
+from .families import MOE_FAMILIES, CannotConvert, attention_names, model_names, shared_fields
+from .layout import bank_tensors
 
 
-# Spellings of an expert's gate, up and down projections on disk.
-_PART_NAMES = ({"gate": "w1", "up": "w3", "down": "w2"}, {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"})
-_BLOCK_NAMES = ("block_sparse_moe", "mlp")
+# Checkpoints spell a family's modules as its authors did, or as Transformers does.
+_BLOCKS = dict.fromkeys(family.block for family in MOE_FAMILIES.values())
 
 
 def convert_moe(source: str | Path, target: str | Path, options: Options | None = None) -> Conversion:
@@ -39,33 +30,27 @@ def convert_moe(source: str | Path, target: str | Path, options: Options | None 
     Raises:
         CannotConvert: a config field that HMoE cannot express, with its value and the reason.
     """
-    options = options or Options()
-    folder = resolve_source(source)
-    config = load_source_config(folder, MOE_TYPES, "moe")
-    reader = CheckpointReader(folder)
+    opened = SourceCheckpoint.open(source, MOE_FAMILIES, "moe")
+    config = opened.config
     target_config, notes = hmoe_config_of(config)
-    dtype = named_dtype(options.dtype)
-    source_dtype = reader.dtype("model.embed_tokens.weight")
-    target_config.dtype = dtype or source_dtype
-    factor = config.num_experts_per_tok if dense_layers(config) else 1
     plan = Plan(
-        source=folder,
-        reader=reader,
+        source=opened,
         config=target_config,
-        tensors=lambda: _tensors(reader, config, target_config, dtype),
+        tensors=lambda: _tensors(opened.reader, config, target_config),
         num_parameters=count_parameters(target_config).total,
-        exact=is_lossless(source_dtype, dtype, factor),
-        settings={"conversion": "moe", "source": str(source), "dtype": options.dtype},
+        settings={"conversion": "moe"},
+        exact=True,
+        factor=config.num_experts_per_tok if dense_layers(config) else 1,
         notes=notes,
     )
-    return execute(plan, str(source), target, options)
+    return execute(plan, target, options or Options())
 
 
 def hmoe_config_of(config: PreTrainedConfig) -> tuple[HMoEConfig, list[str]]:
     """The HMoE config that computes the same, and what it cannot carry over that matters in training only."""
     fields, _ = shared_fields(config)
     top_k = config.num_experts_per_tok
-    width = config.moe_intermediate_size if config.model_type == "qwen3_moe" else config.intermediate_size
+    width = getattr(config, MOE_FAMILIES[config.model_type].width)
     dense = dense_layers(config)
     if dense and config.intermediate_size % top_k:
         raise CannotConvert(
@@ -97,49 +82,42 @@ def hmoe_config_of(config: PreTrainedConfig) -> tuple[HMoEConfig, list[str]]:
 
 
 def dense_layers(config: PreTrainedConfig) -> list[int]:
-    """Layers of a Qwen3-MoE without experts."""
-    if config.model_type != "qwen3_moe":
-        return []
-    layers = range(config.num_hidden_layers)
-    return [i for i in layers if i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step]
+    """Layers that have an FFN in the place of experts."""
+    return MOE_FAMILIES[config.model_type].dense_layers(config)
 
 
-def _tensors(
-    reader: CheckpointReader, config: PreTrainedConfig, target: HMoEConfig, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(reader: CheckpointReader, config: PreTrainedConfig, target: HMoEConfig) -> Iterator[tuple[str, Tensor]]:
     _, attention = shared_fields(config)
     dense = dense_layers(config)
     for layer, sizes in enumerate(target.layer_expert_sizes):
         for name in attention_names(target, layer, attention.projections_with_bias):
-            yield name, cast(reader.tensor(name), dtype)
+            yield name, reader.tensor(name)
         if layer in dense:
             read = _dense_reader(reader, layer, len(sizes))
             router = torch.zeros(len(sizes), target.hidden_size, dtype=target.dtype)
         else:
             read = expert_reader(reader, layer)
             router = reader.tensor(_router_name(reader, layer))
-        yield f"model.layers.{layer}.mlp.gate.weight", cast(router, dtype)
-        yield from bank_tensors(target, layer, read, dtype)
+        yield f"model.layers.{layer}.mlp.gate.weight", router
+        yield from bank_tensors(target, layer, read)
     for name in model_names(target):
-        yield name, cast(reader.tensor(name), dtype)
+        yield name, reader.tensor(name)
 
 
 def _router_name(reader: CheckpointReader, layer: int) -> str:
-    names = [f"model.layers.{layer}.{block}.gate.weight" for block in _BLOCK_NAMES]
+    names = [f"model.layers.{layer}.{block}.gate.weight" for block in _BLOCKS]
     return next((name for name in names if name in reader), names[-1])
 
 
 def expert_reader(reader: CheckpointReader, layer: int) -> Callable[[int, str], Tensor]:
     """Reads an expert's `gate`, `up` or `down` [I, H], whichever way the checkpoint spells them."""
-    for block in _BLOCK_NAMES:
+    for block in _BLOCKS:
         prefix = f"model.layers.{layer}.{block}.experts"
         if f"{prefix}.gate_up_proj" in reader:
-            return lambda expert, part: _read_fused(reader, prefix, expert, part)
-        for names in _PART_NAMES:
-            if f"{prefix}.0.{names['gate']}.weight" in reader:
-                return lambda expert, part: _neuron_rows(
-                    reader.tensor(f"{prefix}.{expert}.{names[part]}.weight"), part
-                )
+            return partial(_read_fused, reader, prefix)
+        for family in MOE_FAMILIES.values():
+            if f"{prefix}.0.{family.parts['gate']}.weight" in reader:
+                return partial(_read_single, reader, prefix, family.parts)
     raise ValueError(
         f"{reader.folder} holds no experts for layer {layer}: expected "
         f"`model.layers.{layer}.mlp.experts.gate_up_proj`, or tensors of each expert under `mlp.experts` or "
@@ -152,6 +130,10 @@ def _read_fused(reader: CheckpointReader, prefix: str, expert: int, part: str) -
         return _neuron_rows(reader.tensor(f"{prefix}.down_proj", expert), part)
     gate, up = reader.tensor(f"{prefix}.gate_up_proj", expert).chunk(2)
     return gate if part == "gate" else up
+
+
+def _read_single(reader: CheckpointReader, prefix: str, parts: Mapping[str, str], expert: int, part: str) -> Tensor:
+    return _neuron_rows(reader.tensor(f"{prefix}.{expert}.{parts[part]}.weight"), part)
 
 
 def _neuron_rows(weight: Tensor, part: str) -> Tensor:

@@ -12,15 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
 from ..placement import best_method, place_layers, reorder_config
-from .base import Conversion, Options, Plan, execute
-from .checkpoint import CheckpointReader, resolve_source
-from .families import is_lossless, load_source_config, named_dtype
-from .layout import cast
+from .base import Conversion, Options, Plan, SourceCheckpoint, execute
+from .checkpoint import CheckpointReader
 
 
 _MOE_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|experts)\.(?!act_fn\.)")
@@ -46,10 +43,8 @@ def convert_place(
         ValueError: a placement that cannot be; the message names the remedy.
     """
     options = options or Options()
-    folder = resolve_source(source)
-    config = load_source_config(folder, ("hmoe",), "place")
-    assert isinstance(config, HMoEConfig)
-    reader = CheckpointReader(folder)
+    opened = SourceCheckpoint.open(source, ("hmoe",), "place")
+    config = opened.config
     sizes = config.layer_expert_sizes
     method = method or best_method(sizes, num_ranks)
     measured = None if load is None else read_load(load)
@@ -58,22 +53,17 @@ def convert_place(
     if options.check and not any(name.endswith("ForCausalLM") for name in config.architectures or ["HMoEForCausalLM"]):
         options = replace(options, check=False)
         notes.append("not checked: the model has no language model head to compare")
-    dtype = named_dtype(options.dtype)
-    source_dtype = reader.dtype(next(name for name in reader.names if name.endswith("embed_tokens.weight")))
     target_config = reorder_config(config, orders)
-    target_config.dtype = dtype or source_dtype
-    settings = {"conversion": "place", "source": str(source), "num_ranks": num_ranks, "method": method}
     plan = Plan(
-        source=folder,
-        reader=reader,
+        source=opened,
         config=target_config,
-        tensors=lambda: _tensors(reader, config, orders, dtype),
+        tensors=lambda: _tensors(opened.reader, config, orders),
         num_parameters=count_parameters(target_config).total,
-        exact=is_lossless(source_dtype, dtype),
-        settings={**settings, "load": None if load is None else str(load), "dtype": options.dtype},
+        settings={"conversion": "place", "num_ranks": num_ranks, "method": method, "load": load and str(load)},
+        exact=True,
         notes=notes,
     )
-    return execute(plan, str(source), target, options)
+    return execute(plan, target, options)
 
 
 def read_load(path: str | Path) -> list[list[float]]:
@@ -90,7 +80,7 @@ def read_load(path: str | Path) -> list[list[float]]:
 
 
 def _tensors(
-    reader: CheckpointReader, config: HMoEConfig, orders: Sequence[Sequence[int]], dtype: torch.dtype | None
+    reader: CheckpointReader, config: HMoEConfig, orders: Sequence[Sequence[int]]
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the source, those of routers and experts with their first dimension reordered."""
     assert config.expert_tile_size is not None  # filled in when the config was made
@@ -102,7 +92,7 @@ def _tensors(
             if match[2] == "experts":
                 order = _tile_order(config.layer_expert_sizes[layer], config.expert_tile_size, order)
             tensor = tensor[order]
-        yield name, cast(tensor, dtype)
+        yield name, tensor
 
 
 def _tile_order(sizes: Sequence[int], tile: int, order: Sequence[int]) -> list[int]:

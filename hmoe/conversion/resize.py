@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration_hmoe import HMoEConfig, count_parameters
-from ..sizes_hmoe import expert_sizes
-from .base import Conversion, Options, Plan, execute
+from ..routing_hmoe import router_parameter_names
+from ..sizes import expert_sizes
+from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .calibration import calibration_tokens, run_layers
-from .checkpoint import CheckpointReader, resolve_source
-from .families import attention_names, is_lossless, load_source_config, model_names, named_dtype
-from .layout import bank_tensors, cast, read_banks, unpack_expert
+from .checkpoint import CheckpointReader
+from .families import attention_names, model_names
+from .layout import bank_tensors, read_banks, unpack_expert
 from .neurons import contributions, default_multiple, top_neurons, weight_importance
 
 
@@ -62,28 +63,21 @@ def convert_resize(
     Raises:
         ValueError: sizes that do not fit the model's layers or experts.
     """
-    options = options or Options()
-    folder = resolve_source(source)
-    config = load_source_config(folder, ("hmoe",), "resize")
-    reader = CheckpointReader(folder)
+    opened = SourceCheckpoint.open(source, ("hmoe",), "resize")
+    config, reader = opened.config, opened.reader
     importance = _importance(reader, config, settings)
     sizes = new_sizes(config, settings, importance)
     target_config = _with_sizes(config, sizes)
-    dtype = named_dtype(options.dtype)
-    source_dtype = reader.dtype("model.embed_tokens.weight")
-    target_config.dtype = dtype or source_dtype
-    grows_only = all(new >= old for rows in zip(sizes, config.layer_expert_sizes) for new, old in zip(*rows))
     plan = Plan(
-        source=folder,
-        reader=reader,
+        source=opened,
         config=target_config,
-        tensors=lambda: _tensors(reader, config, target_config, importance, settings.seed, dtype),
+        tensors=lambda: _tensors(reader, config, target_config, importance, settings.seed),
         num_parameters=count_parameters(target_config).total,
-        exact=grows_only and is_lossless(source_dtype, dtype),
-        settings={"conversion": "resize", "source": str(source), "dtype": options.dtype, **asdict(settings)},
+        settings={"conversion": "resize", **asdict(settings)},
+        exact=all(new >= old for rows in zip(sizes, config.layer_expert_sizes) for new, old in zip(*rows)),
         notes=[_describe_change(config, target_config)],
     )
-    return execute(plan, str(source), target, options)
+    return execute(plan, target, options or Options())
 
 
 def _with_sizes(config: HMoEConfig, sizes: list[list[int]]) -> HMoEConfig:
@@ -175,21 +169,18 @@ def _tensors(
     target: HMoEConfig,
     importance: list[list[Tensor]],
     seed: int,
-    dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
     biases = ("q_proj", "k_proj", "v_proj", "o_proj") if config.attention_bias else ()
     for layer, sizes in enumerate(target.layer_expert_sizes):
         names = attention_names(config, layer, biases)
         gate = f"model.layers.{layer}.mlp.gate"
-        names.append(f"{gate}.weight")
-        if config.router_type == "modse":
-            names += [f"{gate}.noise_weight", f"{gate}.noise_norm.weight"]
+        names += [f"{gate}.{name}" for name in router_parameter_names(config)]
         for name in names:
-            yield name, cast(reader.tensor(name), dtype)
+            yield name, reader.tensor(name)
         resized = _Resized(reader, config, layer, sizes, importance[layer], seed)
-        yield from bank_tensors(target, layer, resized.read, dtype)
+        yield from bank_tensors(target, layer, resized.read)
     for name in model_names(config):
-        yield name, cast(reader.tensor(name), dtype)
+        yield name, reader.tensor(name)
 
 
 class _Resized:

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
-from hmoe.configuration_hmoe import HMoEConfig
+from hmoe.configuration_hmoe import HMoEConfig, is_hmoe
 from hmoe.errors import did_you_mean
 from hmoe.sources import load_checkpoint
 
@@ -136,7 +136,7 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
     except ImportError:
         raise ValueError("`lora` needs PEFT: pip install 'hmoe[peft]'") from None
 
-    if model.config.model_type == HMoEConfig.model_type:
+    if is_hmoe(model.config):
         from hmoe.lora import lora_config
 
         config = lora_config(

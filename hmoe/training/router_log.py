@@ -16,17 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmoe.configuration_hmoe import HMoEConfig, count_parameters
+from hmoe.configuration_hmoe import count_parameters, is_hmoe
 from hmoe.costs import TRAIN_FACTOR, ForwardFlops
+from hmoe.routing_hmoe import ROUTER_LOSSES
 
 
-ROUTER_TERMS = (
-    "aux_loss",
-    "load_balancing_loss",
-    "parameter_penalty_loss",
-    "router_entropy_loss",
-    "router_z_loss",
-)
 DETAILS = ("off", "brief", "per_layer")
 
 
@@ -201,7 +195,7 @@ def _token_mask(inputs: dict[str, Any]) -> Tensor | None:
 
 def _loss_terms(outputs: Any, config: Any, loss_scale: int) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The cross-entropy and the router terms."""
-    terms = {name: outputs[name].mean() for name in ROUTER_TERMS if outputs.get(name) is not None}
+    terms = {name: outputs[name].mean() for name in ("aux_loss", *ROUTER_LOSSES) if outputs.get(name) is not None}
     loss, lm_loss = outputs.get("loss"), outputs.get("lm_loss")
     if lm_loss is not None and lm_loss is not loss:
         return lm_loss.mean(), terms
@@ -245,14 +239,12 @@ def summarise(window: RouterWindow, config: Any, detail: str = "brief") -> dict[
     entries["experts_per_token"] = _mean([layer["experts_per_token"] for layer in layers])
     entries["load_imbalance"] = _mean([layer["load_imbalance"] for layer in layers])
     entries["dead_experts"] = sum(layer["dead_experts"] for layer in layers)
-    # A checkpoint's own copy of the config is another class of the same name.
-    is_hmoe = config.model_type == HMoEConfig.model_type
-    if is_hmoe:
+    if is_hmoe(config):
         parameters = count_parameters(config, load=load)
         entries["activated_parameters"] = parameters.activated
         entries["activated_ratio"] = parameters.activated_ratio
     for number, layer in enumerate(layers if detail == "per_layer" else []):
-        if is_hmoe:
+        if is_hmoe(config):
             sizes = config.layer_expert_sizes[number]
             layer["activated_ratio"] = sum(x * size for x, size in zip(load[number], sizes)) / sum(sizes)
         layer |= {f"load/expert_{expert:02d}": share for expert, share in enumerate(load[number])}

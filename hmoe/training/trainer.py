@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from hmoe.configuration_hmoe import HMoEConfig
+from hmoe.configuration_hmoe import is_hmoe
 from hmoe.costs import ForwardFlops, forward_flops
 
 from .callbacks import JsonlMetrics, RouterHeatMaps, StopOnSigterm, TrainingStopped
@@ -111,7 +111,7 @@ class HMoETrainer(Trainer):
     ) -> Any:
         config = self.model.config
         measured = inputs
-        if config.model_type == HMoEConfig.model_type:
+        if is_hmoe(config):
             if model.training and self._measures:
                 measured = {**inputs, "output_router_logits": True}
         elif not model.training and getattr(config, "output_router_logits", False):

@@ -57,12 +57,11 @@ def test_upcycled_full_width_experts_are_the_dense_model_whatever_the_router_say
     torch.testing.assert_close(logits_of(tmp_path / "hmoe"), logits_of(source), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("variant", ["sharded", "tied", "bin"])
+@pytest.mark.parametrize("variant", ["sharded", "tied"])
 def test_every_way_a_checkpoint_is_stored_is_read(tmp_path, variant):
     kwargs = {
         "sharded": {"max_shard_size": "40KB"},
         "tied": {"tie_word_embeddings": True},
-        "bin": {"bin_file": True, "tie_word_embeddings": True},
     }
     source = make_checkpoint(tmp_path / "source", "llama", **kwargs[variant])
     result = convert_dense(source, tmp_path / "hmoe", DenseSettings(sizes=SIZES), QUIET)

@@ -80,12 +80,11 @@ DENSE = [name for name in CONFIGS if name.split("-")[0] in ("llama", "mistral", 
 MOE = [name for name in CONFIGS if name not in DENSE]
 
 
-def make_checkpoint(folder: Path, name: str, *, spelling: str = "hub", bin_file: bool = False, **overrides) -> Path:
+def make_checkpoint(folder: Path, name: str, *, spelling: str = "hub", **overrides) -> Path:
     """A random model of `CONFIGS[name]` saved in `folder`.
 
     Args:
         spelling: of experts on disk: `"hub"` (one tensor per expert) or `"fused"` (as in memory).
-        bin_file: write pytorch_model.bin instead of safetensors.
         overrides: config fields, and `max_shard_size`, `dtype`.
     """
     config_class, fields = CONFIGS[name]
@@ -101,12 +100,6 @@ def make_checkpoint(folder: Path, name: str, *, spelling: str = "hub", bin_file:
             if parameter_name.endswith(".mlp.gate.weight"):
                 parameter.normal_()
     model.save_pretrained(folder, max_shard_size=shard_size, save_original_format=spelling == "hub")
-    if bin_file:
-        state = model.state_dict()
-        if config.tie_word_embeddings:
-            del state["lm_head.weight"]
-        torch.save(state, folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink()
     return folder
 
 

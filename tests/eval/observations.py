@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from hmoe.eval.observe import Observation
-from hmoe.modeling_hmoe import route_top_k, route_top_p
 from hmoe.routers import Architecture
+from hmoe.routing_hmoe import route_top_k, route_top_p
 
 
 VOCABULARY = 20
