@@ -59,7 +59,7 @@ def build_tokenizer(
             AutoTokenizer.from_pretrained, name, "tokenizer", trust_remote_code=model.trust_remote_code
         )
     if options.chat_template is not None:
-        tokenizer.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(options.chat_template).expanduser().read_text(encoding="utf-8")
     return tokenizer
 
 

@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
 def test_final_folder_carries_weights_tokenizer_code_and_card(finished):
     _, folder = finished
     names = {path.name for path in folder.iterdir()}
-    code = {f"{name}_hmoe.py" for name in ("modeling", "configuration", "experts", "grouped", "grouping", "losses")}
+    code = {f"{name}_hmoe.py" for name in ("modeling", "configuration", "experts", "grouped", "plan", "routing")}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "metrics.jsonl"} | code <= names
 
 
