@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import hmoe_cli
 from hmoe import lora_config
 from hmoe.eval.analyze import Settings, analyze, main
-from hmoe.eval.observe import batches, check_same_tokenizer, step_of, windows
+from hmoe.eval.loading import Checkpoint, check_same_tokenizer
+from hmoe.eval.observe import batches, windows
 from hmoe.eval.report import write_report
 from hmoe.sources import read_texts
 
@@ -317,6 +318,6 @@ def test_windows_are_cut_from_one_stream_and_documents_end_with_eos(tokenizer, t
 def test_tokenizers_and_steps_are_recognised(tokenizer, tmp_path):
     check_same_tokenizer(tokenizer, copy.deepcopy(tokenizer), ("a", "b"))
     (tmp_path / "trainer_state.json").write_text('{"global_step": 42}')
-    assert step_of(str(tmp_path)) == 42
-    assert step_of(str(tmp_path / "hmoe" / "checkpoint-600")) == 600
-    assert step_of(str(tmp_path / "hmoe")) is None
+    assert Checkpoint(str(tmp_path)).step == 42
+    assert Checkpoint(str(tmp_path / "hmoe" / "checkpoint-600")).step == 600
+    assert Checkpoint(str(tmp_path / "hmoe")).step is None
