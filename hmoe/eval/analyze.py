@@ -85,33 +85,17 @@ class Settings:
 
 @dataclass
 class ModelRun:
-    """One checkpoint after its pass over the text; a dense one has no routes.
-
-    `scores` are those of [`hmoe.metrics.held_out_metrics`].
-    """
+    """One checkpoint after its pass over the text: its numbers, and what is compared between tokens and runs."""
 
     checkpoint: Checkpoint
-    model_type: str
-    parameters: int
-    scores: dict[str, float]
+    summary: dict[str, Any]
     losses: TokenLosses
-    routing: RoutingStatistics | None
     routes: TokenRoutes | None
     sample: RouteSample | None
     embedding: Tensor | None
 
-    def summary(self) -> dict[str, Any]:
-        return {
-            "name": self.checkpoint.name,
-            "model_type": self.model_type,
-            "parameters": self.parameters,
-            **{name: self.scores[name] for name in ("loss", "perplexity", "accuracy")},
-            "predicted_tokens": int(self.losses.count.sum()),
-            "routing": None if self.routing is None else self.routing.summary(),
-        }
-
     def checkpoint_summary(self) -> dict[str, Any]:
-        return {**self.summary(), "path": self.checkpoint.path, "step": self.checkpoint.step}
+        return {**self.summary, "path": self.checkpoint.path, "step": self.checkpoint.step}
 
 
 def analyze(
@@ -165,7 +149,7 @@ def analyze(
             **{name: getattr(settings, name) for name in reported},
         },
         "model": whole.checkpoint_summary(),
-        "baseline": against_run and against_run.summary(),
+        "baseline": against_run.summary if against_run else None,
         "tokens": _token_results(whole, against_run, tokenizer, settings),
         "checkpoints": [run.checkpoint_summary() for run in history],
         "stability": stability(samples) if samples else None,
@@ -197,18 +181,17 @@ def _run(
             for table in tables:
                 table.update(seen)
             bar.update(seen.input_ids.numel())
-    embedding = network.get_input_embeddings().weight
-    return ModelRun(
-        checkpoint=checkpoint,
-        model_type=network.config.model_type,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        scores=scores.compute(),
-        losses=losses,
-        routing=routing,
-        routes=routes,
-        sample=sample,
-        embedding=embedding.detach().float().cpu() if routes and settings.ground_metric == "embedding" else None,
-    )
+    summary = {
+        "name": checkpoint.name,
+        "model_type": network.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        **scores.compute(),
+        "predicted_tokens": int(losses.count.sum()),
+        "routing": routing.summary() if routing else None,
+    }
+    is_needed = routes and settings.ground_metric == "embedding"
+    embedding = network.get_input_embeddings().weight.detach().float().cpu() if is_needed else None
+    return ModelRun(checkpoint, summary, losses, routes, sample, embedding)
 
 
 def _token_results(run: ModelRun, baseline: ModelRun | None, tokenizer: Any, settings: Settings) -> dict[str, Any]:

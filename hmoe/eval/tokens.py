@@ -46,11 +46,11 @@ class TokenLosses:
 
     def update(self, observation: Observation) -> None:
         loss, ids = observation.loss.cpu(), observation.input_ids.cpu()
-        half = (self._rows + torch.arange(len(ids))) % 2  # [B]
         known = ~loss.isnan()
-        entry = (half[:, None] * self.total.shape[1] + ids)[known]
-        self.total.view(-1).index_add_(0, entry, loss[known].double())
-        self.count.view(-1).index_add_(0, entry, torch.ones_like(entry))
+        half = ((self._rows + torch.arange(len(ids))) % 2)[:, None].expand_as(ids)
+        entries = half[known], ids[known]
+        self.total.index_put_(entries, loss[known].double(), accumulate=True)
+        self.count.index_put_(entries, torch.tensor(1), accumulate=True)
         self._rows += len(ids)
 
     @property
