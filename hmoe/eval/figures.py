@@ -17,7 +17,7 @@ from cycler import cycler
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from hmoe.heat_map import MOST_NUMBERS, draw_load
 
@@ -97,8 +97,8 @@ def from_zero(axes: Axes) -> None:
 def plain_log_scale(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def plot_layers(axes: Axes, layers: pd.DataFrame, column: str, label: str | None = None) -> None:
@@ -115,20 +115,17 @@ def load_figure(experts: pd.DataFrame, sizes: pd.DataFrame) -> Figure:
     image = draw_load(left, layers["load"].tolist(), layers["size"].tolist())
     figure.colorbar(image, ax=left, label="tokens that activate the expert", format=PercentFormatter(1))
     left.set(ylabel="MoE layer", title="Load by layer and expert")
-    _draw_sizes(right, sizes.loc[["model"]])
-    return figure
-
-
-def _draw_sizes(axes: Axes, sizes: pd.DataFrame) -> None:
+    sizes = sizes.loc[["model"]]
     places = range(len(sizes))
-    axes.bar(places, 100 * sizes["share"], label="measured")
-    (even,) = axes.plot(places, 100 * sizes["share_if_even"], color=BLACK, label="every expert alike")
+    right.bar(places, 100 * sizes["share"], label="measured")
+    (even,) = right.plot(places, 100 * sizes["share_if_even"], color=BLACK, label="every expert alike")
     even.set(linestyle="--", marker="_", markersize=12)
     if len(sizes) > 1:
         inverse = sizes["experts"] / sizes["size"]
-        axes.plot(places, 100 * inverse / inverse.sum(), "o-", color=ORANGE, label="proportional to 1 / size")
-    set_expert_ticks(axes, [str(size) for size in sizes["size"]])
-    axes.set(ylabel="share of all activations [%]", title="Activations by size")
+        right.plot(places, 100 * inverse / inverse.sum(), "o-", color=ORANGE, label="proportional to 1 / size")
+    set_expert_ticks(right, [str(size) for size in sizes["size"]])
+    right.set(ylabel="share of all activations [%]", title="Activations by size")
+    return figure
 
 
 def activation_figure(layers: pd.DataFrame) -> Figure:
@@ -329,12 +326,11 @@ def training_figure(models: pd.DataFrame, sizes: pd.DataFrame, layers: pd.DataFr
 
 def _draw_size_history(axes: Axes, places: pd.Series, sizes: pd.DataFrame) -> None:
     shares = 100 * sizes.pivot(columns="size", values="share").loc[places.index]
-    num_sizes = shares.shape[1]
-    for index, size in enumerate(shares):
-        colour = colormaps["cividis"](index / max(num_sizes - 1, 1) * 0.9)
-        axes.plot(places, shares[size], color=colour, label=f"{size:g} neurons")
+    colours = colormaps["cividis"](np.linspace(0, 0.9, shares.shape[1]))
+    for (size, share), colour in zip(shares.items(), colours):
+        axes.plot(places, share, color=colour, label=f"{size:g} neurons")
     axes.set(ylabel="share of all activations [%]", title="Activations by expert size")
-    if num_sizes <= 12:
+    if len(colours) <= 12:
         axes.set_ylim(0, 1.4 * axes.dataLim.ymax)
         axes.legend(fontsize=7, ncols=2, loc="upper right")
 
