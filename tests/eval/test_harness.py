@@ -57,7 +57,7 @@ def test_bad_input_is_refused_with_the_value_and_a_remedy(model_folder, tasks, t
         ([folder, "--tasks", "toy_choise", *include], "did you mean `toy_choice`"),
         (["./nothing", "--tasks", "toy_choice"], "./nothing: no such file or folder"),
         ([str(tmp_path), "--tasks", "toy_choice"], "no config.json"),
-        ([folder, "--tasks", "choise", "--offline_items", str(tasks)], "did you mean local_choice"),
+        ([folder, "--tasks", "choise", "--offline_items", str(tasks)], "did you mean `local_choice`"),
         ([folder, "--tasks", "piqa", "--offline_items"], "`python examples/offline_items.py FOLDER`"),
         ([folder, "--suite", "hmoe", "--offline_items", str(tmp_path)], "`python examples/offline_items.py FOLDER`"),
         ([folder, "--suite", "hmoe", "--offline_items", str(tasks)], "no task of the suite hmoe"),
