@@ -223,7 +223,7 @@ def similarity(routes: TokenRoutes, embedding: Tensor | None) -> dict[str, Any]:
     return {"layers": layers, "mean": mean}
 
 
-def wasserstein(table: Tensor, embedding: Tensor | None = None, num_projections: int = 64, seed: int = 0) -> Tensor:
+def wasserstein(table: Tensor, embedding: Tensor | None = None, num_projections: int = 64) -> Tensor:
     """Wasserstein-1 distances [E, E] between the experts' distributions over token types (HMoE Fig. 9a).
 
     The distribution of an expert is the frequency of types among the tokens routed to it. The paper does not say how
@@ -242,7 +242,7 @@ def wasserstein(table: Tensor, embedding: Tensor | None = None, num_projections:
     points = embedding[seen].double()
     points = points - points.mean(0)
     points = points / points.norm(dim=1).mean()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     directions = torch.randn(points.shape[1], num_projections, generator=generator, dtype=torch.float64)
     places = points @ (directions / directions.norm(dim=0))  # [V', projections]
     result = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)
