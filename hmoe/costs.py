@@ -360,15 +360,12 @@ def equal_load(rows: Sequence[Sequence[Any]], experts_per_token: float) -> list[
 
 def inverse_size_load(sizes: Sequence[int], experts_per_token: float) -> list[float]:
     """Shares of tokens proportional to 1 / size that sum to `experts_per_token`; no share above 1."""
-    load = [0.0] * len(sizes)
-    free, remaining = list(range(len(sizes))), experts_per_token
-    while free:
-        total = sum(1 / sizes[expert] for expert in free)
-        full = [expert for expert in free if remaining / sizes[expert] / total > 1]
-        for expert in full or free:
-            load[expert] = 1.0 if full else remaining / sizes[expert] / total
-        remaining -= len(full)
-        free = [expert for expert in free if expert not in full] if full else []
+    load, remaining = [0.0] * len(sizes), experts_per_token
+    smallest_first = sorted(range(len(sizes)), key=lambda expert: sizes[expert])
+    for place, expert in enumerate(smallest_first):
+        inverses = sum(1 / sizes[other] for other in smallest_first[place:])
+        load[expert] = min(remaining / (sizes[expert] * inverses), 1.0)
+        remaining -= load[expert]
     return load
 
 

@@ -176,7 +176,9 @@ def load_source(
         )
     except (datasets.exceptions.DatasetGenerationError, ImportError, OSError) as error:
         cause = error.__cause__ or error
-        raise ValueError(f"cannot read {source.path!r} as {format_name}: {cause}{_remedy(files, cause)}") from error
+        # An ImportError says what to install; for all others it matters which files were read.
+        names = "" if isinstance(cause, ImportError) else f". Files: {', '.join(files[:3])}{' ...' * (len(files) > 3)}"
+        raise ValueError(f"cannot read {source.path!r} as {format_name}: {cause}{names}") from error
 
 
 def read_texts(entries: Iterable[str | os.PathLike], *, piece: int = 1 << 20) -> Iterator[str]:
@@ -284,12 +286,6 @@ def _without_empty(source: Source, files: list[str]) -> list[str]:
             f"{source.path}: left out {len(empty)} of {len(files)} files that are empty, such as {empty[0]}"
         )
     return filled
-
-
-def _remedy(files: list[str], cause: BaseException) -> str:
-    if isinstance(cause, ImportError):
-        return ""  # it says what to install
-    return f". Files: {', '.join(files[:3])}{' ...' if len(files) > 3 else ''}"
 
 
 def _is_saved_dataset(path: str) -> bool:
