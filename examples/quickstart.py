@@ -116,7 +116,6 @@ def make_trainer(model: HMoEForCausalLM, data: TrainingData, max_steps: int, out
         logging_steps=max(1, max_steps // 12),
         save_strategy="no",
         report_to="none",
-        disable_tqdm=False,
         dataloader_pin_memory=False,
         seed=SEED,
     )

@@ -189,7 +189,7 @@ def simulate(
         raise ValueError(f"`num_ranks`={num_ranks} must be a multiple of the {group_size} ranks of the placements")
     parameters = [placement.totals(sizes) for placement, sizes in zip(placements, layer_sizes)]
     batches = [
-        [placement.totals(expected_work(*layer)) for placement, *layer in zip(placements, layer_sizes, load)]
+        [placement.totals(expected_work(sizes, row)) for placement, sizes, row in zip(placements, layer_sizes, load)]
         for load in loads
     ]
     work = np.array(batches)[np.arange(num_ranks // group_size) % len(loads)]  # [groups, layers, ranks of a group]
