@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
+import hmoe
+
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
 
 
 def test_the_quickstart_runs_to_its_end(tmp_path):
     command = [sys.executable, QUICKSTART, "--max_steps", "1", "--no_benchmark", "--output_dir", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    package = str(Path(hmoe.__file__).parents[1])  # this copy, whatever is installed
+    environment = {**os.environ, "PYTHONPATH": package, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["reloaded_class"].startswith("transformers_modules.")
