@@ -31,8 +31,8 @@ from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .calibration import calibration_tokens, run_layers
 from .check import ForcedRouting
 from .checkpoint import CheckpointReader
-from .families import DENSE_FAMILIES, attention_names, model_names, shared_fields
-from .layout import bank_tensors
+from .families import DENSE_FAMILIES, shared_fields
+from .layout import bank_tensors, model_tensors
 from .neurons import (
     cluster_neurons,
     contributions,
@@ -222,38 +222,22 @@ def _neutral_routing(config: HMoEConfig, settings: DenseSettings, width: int) ->
 
 
 def _tensors(
-    reader: CheckpointReader,
-    config: PreTrainedConfig,
-    target: HMoEConfig,
-    settings: DenseSettings,
+    reader: CheckpointReader, config: PreTrainedConfig, target: HMoEConfig, settings: DenseSettings
 ) -> Iterator[tuple[str, Tensor]]:
-    _, attention = shared_fields(config)
-    calibrated = _calibrate(reader, config, target, settings) if settings.needs_calibration else None
-    factor = down_scale(target, settings)
-    for layer, sizes in enumerate(target.layer_expert_sizes):
-        yield from _attention_tensors(reader, target, layer, attention.projections_with_bias)
+    calibrated = _calibrate(reader, config, target, settings) if settings.needs_calibration else {}
+
+    def experts(layer: int) -> Iterator[tuple[str, Tensor]]:
+        sizes, weights = target.layer_expert_sizes[layer], _ffn(reader, layer)
         generator = _layer_generator(settings, layer)
-        weights = _ffn(reader, layer)
-        layer_plan = calibrated[layer] if calibrated else _plan_layer(settings, sizes, weights, generator)
-        router = layer_plan.router
-        if router is None:
+        plan = calibrated.get(layer) or _plan_layer(settings, sizes, weights, generator)
+        if plan.router is None:
             norm_weight = reader.tensor(f"model.layers.{layer}.post_attention_layernorm.weight")
-            router = random_router(norm_weight, len(sizes), ROUTER_LOGIT_STD, generator)
-        yield f"model.layers.{layer}.mlp.gate.weight", router.to(target.dtype)
-        experts = _FfnExperts(weights, layer_plan.parts, settings, generator, factor)
-        yield from bank_tensors(target, layer, experts.read)
-    for name in model_names(target):
-        yield name, reader.tensor(name)
+            plan.router = random_router(norm_weight, len(sizes), ROUTER_LOGIT_STD, generator)
+        yield f"model.layers.{layer}.mlp.gate.weight", plan.router.to(target.dtype)
+        parts = _FfnExperts(weights, plan.parts, settings, generator, down_scale(target, settings))
+        yield from bank_tensors(target, layer, parts.read)
 
-
-def _attention_tensors(
-    reader: CheckpointReader, target: HMoEConfig, layer: int, biases: tuple[str, ...]
-) -> Iterator[tuple[str, Tensor]]:
-    for name in attention_names(target, layer, biases):
-        yield name, reader.tensor(name)
-    if target.attention_bias and "o_proj" not in biases:
-        name = f"model.layers.{layer}.self_attn.o_proj.bias"
-        yield name, torch.zeros(target.hidden_size, dtype=target.dtype)
+    return model_tensors(reader, target, experts, shared_fields(config)[1].projections_with_bias)
 
 
 def _ffn(reader: CheckpointReader, layer: int) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from ..configuration_hmoe import HMoEConfig
 from ..costs import count_parameters
 from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .checkpoint import CheckpointReader
-from .families import MOE_FAMILIES, CannotConvert, attention_names, model_names
-from .layout import read_banks, unpack_expert
+from .families import MOE_FAMILIES, CannotConvert, MoEFamily
+from .layout import model_tensors, read_banks, unpack_expert
 
 
 EXPORT_TYPES = ("mixtral", "qwen3_moe")
@@ -44,10 +44,16 @@ def convert_export(
     target_type = check_exportable(config, to)
     dense = _dense_layers(config, reader) if target_type == "qwen3_moe" else []
     cost = padding_cost(config, dense)
+
+    def experts(layer: int) -> Iterator[tuple[str, Tensor]]:
+        if layer in dense:
+            return _dense_tensors(reader, config, layer)
+        return _expert_tensors(reader, config, layer, MOE_FAMILIES[target_type], cost.widest)
+
     plan = Plan(
         source=opened,
         config=stock_config_of(config, target_type, dense),
-        tensors=lambda: _tensors(reader, config, target_type, dense),
+        tensors=lambda: model_tensors(reader, config, experts),
         num_parameters=cost.parameters_after,
         settings={"conversion": "export", "to": target_type},
         exact=True,
@@ -207,27 +213,9 @@ def _training_notes(config: HMoEConfig) -> list[str]:
     return [f"router losses that stock models do not have are left out: {', '.join(lost)}"] if lost else []
 
 
-def _tensors(
-    reader: CheckpointReader, config: HMoEConfig, target_type: str, dense: list[int]
-) -> Iterator[tuple[str, Tensor]]:
-    biases = ("q_proj", "k_proj", "v_proj", "o_proj") if config.attention_bias else ()
-    widest = max(max(sizes) for layer, sizes in enumerate(config.layer_expert_sizes) if layer not in dense)
-    for layer in range(config.num_hidden_layers):
-        for name in attention_names(config, layer, biases):
-            yield name, reader.tensor(name)
-        if layer in dense:
-            reader.tensor(_router_name(layer))
-            yield from _dense_tensors(reader, config, layer)
-        else:
-            yield from _expert_tensors(reader, config, layer, target_type, widest)
-    for name in model_names(config):
-        yield name, reader.tensor(name)
-
-
 def _expert_tensors(
-    reader: CheckpointReader, config: HMoEConfig, layer: int, target_type: str, widest: int
+    reader: CheckpointReader, config: HMoEConfig, layer: int, family: MoEFamily, widest: int
 ) -> Iterator[tuple[str, Tensor]]:
-    family = MOE_FAMILIES[target_type]
     prefix = f"model.layers.{layer}.{family.block}"
     yield f"{prefix}.gate.weight", reader.tensor(_router_name(layer))
     banks = read_banks(reader, layer)
@@ -239,6 +227,7 @@ def _expert_tensors(
 
 
 def _dense_tensors(reader: CheckpointReader, config: HMoEConfig, layer: int) -> Iterator[tuple[str, Tensor]]:
+    reader.tensor(_router_name(layer))  # all zeros: left out, not lost
     banks = read_banks(reader, layer)
     sizes = config.layer_expert_sizes[layer]
     experts = [unpack_expert(banks, sizes, expert) for expert in range(len(sizes))]

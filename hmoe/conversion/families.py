@@ -11,7 +11,10 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..configuration_hmoe import HMoEConfig
 
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _SAME_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -54,7 +57,7 @@ class Attention:
 
 def _attention(bias: bool, *, qk_norm: bool = False, sliding_window: int | None = None) -> Attention:
     fields = {"attention_bias": bias, "qk_norm": qk_norm, "sliding_window": sliding_window}
-    return Attention(fields, ("q_proj", "k_proj", "v_proj", "o_proj") if bias else ())
+    return Attention(fields, PROJECTIONS if bias else ())
 
 
 def _uniform_window(config: PreTrainedConfig) -> int | None:
@@ -204,17 +207,18 @@ def shared_fields(config: PreTrainedConfig) -> tuple[dict[str, Any], Attention]:
     return {**fields, "head_dim": head_dim, **attention.fields}, attention
 
 
-def attention_names(config: PreTrainedConfig | Any, layer: int, biases: tuple[str, ...]) -> list[str]:
+def attention_names(config: HMoEConfig, layer: int) -> list[str]:
     """Tensors of a layer's attention and norms, which every family stores under the same names."""
     prefix = f"model.layers.{layer}"
-    names = [f"{prefix}.self_attn.{projection}.weight" for projection in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    names += [f"{prefix}.self_attn.{projection}.bias" for projection in biases]
+    names = [f"{prefix}.self_attn.{projection}.weight" for projection in PROJECTIONS]
+    if config.attention_bias:
+        names += [f"{prefix}.self_attn.{projection}.bias" for projection in PROJECTIONS]
     if config.qk_norm:
         names += [f"{prefix}.self_attn.q_norm.weight", f"{prefix}.self_attn.k_norm.weight"]
     return [*names, f"{prefix}.input_layernorm.weight", f"{prefix}.post_attention_layernorm.weight"]
 
 
-def model_names(config: PreTrainedConfig | Any) -> list[str]:
+def model_names(config: HMoEConfig) -> list[str]:
     """Tensors outside the layers; the head is left out where it is the embedding."""
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     return names if config.tie_word_embeddings else [*names, "lm_head.weight"]

@@ -14,10 +14,36 @@ from torch import Tensor
 
 from ..configuration_hmoe import HMoEConfig
 from .checkpoint import CheckpointReader
+from .families import PROJECTIONS, attention_names, model_names
 
 
 # read(expert, part) gives a matrix [I, H]; part is "gate", "up" or "down".
 ReadExpert = Callable[[int, str], Tensor]
+
+
+def model_tensors(
+    reader: CheckpointReader,
+    config: HMoEConfig,
+    experts: Callable[[int], Iterator[tuple[str, Tensor]]],
+    biases: Sequence[str] = PROJECTIONS,
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a converted model; attention, norms and embeddings are those of the source.
+
+    Args:
+        config: of the source or the target, which agree in all but the experts.
+        experts: yields what a layer has in the place of an FFN.
+        biases: attention projections that have a bias in the source, if the config has biases; others get zeros.
+    """
+    for layer in range(config.num_hidden_layers):
+        for name in attention_names(config, layer):
+            projection, kind = name.split(".")[-2:]
+            if kind == "bias" and projection not in biases:
+                yield name, torch.zeros(config.hidden_size, dtype=config.dtype)
+            else:
+                yield name, reader.tensor(name)
+        yield from experts(layer)
+    for name in model_names(config):
+        yield name, reader.tensor(name)
 
 
 def bank_tensors(config: HMoEConfig, layer: int, read: ReadExpert) -> Iterator[tuple[str, Tensor]]:

@@ -14,8 +14,8 @@ from ..configuration_hmoe import HMoEConfig
 from ..costs import count_parameters
 from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .checkpoint import CheckpointReader
-from .families import MOE_FAMILIES, CannotConvert, attention_names, model_names, shared_fields
-from .layout import bank_tensors
+from .families import MOE_FAMILIES, CannotConvert, shared_fields
+from .layout import bank_tensors, model_tensors
 
 
 # Checkpoints spell a family's modules as its authors did, or as Transformers does.
@@ -34,10 +34,12 @@ def convert_moe(source: str | Path, target: str | Path, options: Options | None 
     opened = SourceCheckpoint.open(source, MOE_FAMILIES, "moe")
     config = opened.config
     target_config, notes = hmoe_config_of(config)
+    biases = shared_fields(config)[1].projections_with_bias
+    experts = partial(_experts, opened.reader, config, target_config)
     plan = Plan(
         source=opened,
         config=target_config,
-        tensors=lambda: _tensors(opened.reader, config, target_config),
+        tensors=lambda: model_tensors(opened.reader, target_config, experts, biases),
         num_parameters=count_parameters(target_config).total,
         settings={"conversion": "moe"},
         exact=True,
@@ -87,22 +89,18 @@ def dense_layers(config: PreTrainedConfig) -> list[int]:
     return MOE_FAMILIES[config.model_type].dense_layers(config)
 
 
-def _tensors(reader: CheckpointReader, config: PreTrainedConfig, target: HMoEConfig) -> Iterator[tuple[str, Tensor]]:
-    _, attention = shared_fields(config)
-    dense = dense_layers(config)
-    for layer, sizes in enumerate(target.layer_expert_sizes):
-        for name in attention_names(target, layer, attention.projections_with_bias):
-            yield name, reader.tensor(name)
-        if layer in dense:
-            read = _dense_reader(reader, layer, len(sizes))
-            router = torch.zeros(len(sizes), target.hidden_size, dtype=target.dtype)
-        else:
-            read = expert_reader(reader, layer)
-            router = reader.tensor(_router_name(reader, layer))
-        yield f"model.layers.{layer}.mlp.gate.weight", router
-        yield from bank_tensors(target, layer, read)
-    for name in model_names(target):
-        yield name, reader.tensor(name)
+def _experts(
+    reader: CheckpointReader, config: PreTrainedConfig, target: HMoEConfig, layer: int
+) -> Iterator[tuple[str, Tensor]]:
+    num_experts = len(target.layer_expert_sizes[layer])
+    if layer in dense_layers(config):
+        read = _dense_reader(reader, layer, num_experts)
+        router = torch.zeros(num_experts, target.hidden_size, dtype=target.dtype)
+    else:
+        read = expert_reader(reader, layer)
+        router = reader.tensor(_router_name(reader, layer))
+    yield f"model.layers.{layer}.mlp.gate.weight", router
+    yield from bank_tensors(target, layer, read)
 
 
 def _router_name(reader: CheckpointReader, layer: int) -> str:

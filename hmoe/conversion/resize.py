@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from ..sizes import expert_sizes
 from .base import Conversion, Options, Plan, SourceCheckpoint, execute
 from .calibration import calibration_tokens, run_layers
 from .checkpoint import CheckpointReader
-from .families import attention_names, model_names
-from .layout import bank_tensors, read_banks, unpack_expert
+from .layout import bank_tensors, model_tensors, read_banks, unpack_expert
 from .neurons import contributions, default_multiple, top_neurons, weight_importance
 
 
@@ -69,10 +69,11 @@ def convert_resize(
     importance = _importance(reader, config, settings)
     sizes = new_sizes(config, settings, importance)
     target_config = _with_sizes(config, sizes)
+    experts = partial(_experts, reader, config, target_config, importance, settings.seed)
     plan = Plan(
         source=opened,
         config=target_config,
-        tensors=lambda: _tensors(reader, config, target_config, importance, settings.seed),
+        tensors=lambda: model_tensors(reader, config, experts),
         num_parameters=count_parameters(target_config).total,
         settings={"conversion": "resize", **asdict(settings)},
         exact=all(new >= old for rows in zip(sizes, config.layer_expert_sizes) for new, old in zip(*rows)),
@@ -164,24 +165,19 @@ def _routed_contributions(mlp: Any, hidden_states: Tensor, config: HMoEConfig, i
     return scores
 
 
-def _tensors(
+def _experts(
     reader: CheckpointReader,
     config: HMoEConfig,
     target: HMoEConfig,
     importance: list[list[Tensor]],
     seed: int,
+    layer: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    biases = ("q_proj", "k_proj", "v_proj", "o_proj") if config.attention_bias else ()
-    for layer, sizes in enumerate(target.layer_expert_sizes):
-        names = attention_names(config, layer, biases)
-        gate = f"model.layers.{layer}.mlp.gate"
-        names += [f"{gate}.{name}" for name in router_parameter_names(config)]
-        for name in names:
-            yield name, reader.tensor(name)
-        resized = _Resized(reader, config, layer, sizes, importance[layer], seed)
-        yield from bank_tensors(target, layer, resized.read)
-    for name in model_names(config):
+    for parameter in router_parameter_names(config):
+        name = f"model.layers.{layer}.mlp.gate.{parameter}"
         yield name, reader.tensor(name)
+    resized = _Resized(reader, config, layer, target.layer_expert_sizes[layer], importance[layer], seed)
+    yield from bank_tensors(target, layer, resized.read)
 
 
 class _Resized:
