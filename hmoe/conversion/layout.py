@@ -1,4 +1,4 @@
-"""Between experts as matrices and the tile bank of a layer.
+"""The tensors of a converted model: experts as matrices, and as the tile bank of a layer.
 
 An expert is three matrices of its neurons, `gate`, `up` and `down`, each [I, H]: row n belongs to neuron n. The bank
 is described in `hmoe/experts_hmoe.py`. Letters: N tiles, g neurons per tile, I neurons of an expert, H hidden size.
@@ -6,15 +6,17 @@ is described in `hmoe/experts_hmoe.py`. Letters: N tiles, g neurons per tile, I 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
 from ..configuration_hmoe import HMoEConfig
-from .checkpoint import CheckpointReader
-from .families import PROJECTIONS, attention_names, model_names
+from ..modeling_hmoe import HMoEForCausalLM
+from .checkpoint import SourceCheckpoint
+from .families import family_of
 
 
 # read(expert, part) gives a matrix [I, H]; part is "gate", "up" or "down".
@@ -22,28 +24,32 @@ ReadExpert = Callable[[int, str], Tensor]
 
 
 def model_tensors(
-    reader: CheckpointReader,
-    config: HMoEConfig,
-    experts: Callable[[int], Iterator[tuple[str, Tensor]]],
-    biases: Sequence[str] = PROJECTIONS,
+    source: SourceCheckpoint, config: HMoEConfig, experts: Callable[[int], Iterator[tuple[str, Tensor]]]
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a converted model; attention, norms and embeddings are those of the source.
 
     Args:
-        config: of the source or the target, which agree in all but the experts.
-        experts: yields what a layer has in the place of an FFN.
-        biases: attention projections that have a bias in the source, if the config has biases; others get zeros.
+        config: of HMoE; where source and target are both HMoE, either.
+        experts: from a layer, what it has in the place of an FFN.
     """
-    for layer in range(config.num_hidden_layers):
-        for name in attention_names(config, layer):
-            projection, kind = name.split(".")[-2:]
-            if kind == "bias" and projection not in biases:
-                yield name, torch.zeros(config.hidden_size, dtype=config.dtype)
+    without_bias = family_of(source.config).without_bias
+    with torch.device("meta"):
+        parameters = dict(HMoEForCausalLM(config).named_parameters())
+    for layer, names in groupby(parameters, _moe_layer):
+        if layer is not None:
+            yield from experts(layer)
+            continue
+        for name in names:
+            if name.endswith(".bias") and name.split(".")[-2] in without_bias:
+                yield name, torch.zeros(parameters[name].shape, dtype=config.dtype)
             else:
-                yield name, reader.tensor(name)
-        yield from experts(layer)
-    for name in model_names(config):
-        yield name, reader.tensor(name)
+                yield name, source.tensor(name)
+
+
+def _moe_layer(name: str) -> int | None:
+    """The layer whose router or experts a parameter of HMoE belongs to, if any."""
+    match = re.match(r"model\.layers\.(\d+)\.mlp\.", name)
+    return int(match[1]) if match else None
 
 
 def bank_tensors(config: HMoEConfig, layer: int, read: ReadExpert) -> Iterator[tuple[str, Tensor]]:
@@ -85,7 +91,7 @@ def unpack_expert(banks: tuple[Tensor, Tensor], sizes: Sequence[int], expert: in
     }
 
 
-def read_banks(reader: CheckpointReader, layer: int) -> tuple[Tensor, Tensor]:
+def read_banks(source: SourceCheckpoint, layer: int) -> tuple[Tensor, Tensor]:
     """`gate_up_proj` [N, 2g, H] and `down_proj` [N, g, H] of a layer of an HMoE checkpoint."""
     prefix = f"model.layers.{layer}.mlp.experts"
-    return reader.tensor(f"{prefix}.gate_up_proj"), reader.tensor(f"{prefix}.down_proj")
+    return source.tensor(f"{prefix}.gate_up_proj"), source.tensor(f"{prefix}.down_proj")

@@ -185,7 +185,7 @@ def test_output_is_sharded_and_reads_back(tmp_path, monkeypatch):
     reader = CheckpointReader(tmp_path)
     assert set(reader.names) == set(tensors)
     for name, tensor in tensors.items():
-        assert torch.equal(reader.tensor(name), tensor) and reader.dtype(name) == tensor.dtype
+        assert torch.equal(reader.tensor(name), tensor) and reader.tensor(name).dtype == tensor.dtype
     assert torch.equal(reader.tensor("t3", 4), tensors["t3"][4])
 
 
