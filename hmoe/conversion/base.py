@@ -19,7 +19,7 @@ from ..configuration_hmoe import HMoEConfig
 from ..costs import model_costs
 from ..modeling_hmoe import HMoEForCausalLM
 from .check import CheckFailed, CheckResult, ForcedRouting, compare_logits, fits_in_memory
-from .checkpoint import CheckpointWriter, SourceCheckpoint, output_folder
+from .checkpoint import SourceCheckpoint, output_folder, write_checkpoint
 
 
 CAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,12 +110,12 @@ def execute(plan: Plan, target: str | Path, options: Options) -> Conversion:
     """
     plan.config.dtype = options.written_dtype(plan.source.dtype)
     with output_folder(target, plan.source.folder, overwrite=options.overwrite) as folder:
+        dtype = None if options.dtype is None else plan.config.dtype
+        tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in plan.tensors)
         total_bytes = plan.num_parameters * plan.config.dtype.itemsize
-        with CheckpointWriter(folder, total_bytes=total_bytes, progress=options.progress) as writer:
-            for name, tensor in plan.tensors:
-                writer.write(name, tensor if options.dtype is None else tensor.to(plan.config.dtype))
-        _refuse_unused(plan)
-        copy_companions(plan.source.folder, folder)
+        num_bytes = write_checkpoint(folder, tensors, total_bytes=total_bytes, progress=options.progress)
+        plan.source.refuse_unused()
+        _copy_companions(plan.source.folder, folder)
         if isinstance(plan.config, HMoEConfig):
             custom_object_save(HMoEForCausalLM, folder)
             plan.config.architectures = plan.config.architectures or [HMoEForCausalLM.__name__]
@@ -126,23 +126,13 @@ def execute(plan: Plan, target: str | Path, options: Options) -> Conversion:
                 f"{check}. These should be equal; nothing was written to {target}. Please report it with the model; "
                 "--no_check skips this check"
             )
-        conversion = Conversion(Path(target), plan.config, writer.num_bytes, check, tuple(notes))
+        conversion = Conversion(Path(target), plan.config, num_bytes, check, tuple(notes))
         _write_card(plan, folder, options, conversion)
         plan.config.save_pretrained(folder)  # last: until now the folder does not load
     return conversion
 
 
-def _refuse_unused(plan: Plan) -> None:
-    expected = {"lm_head.weight"} if plan.config.tie_word_embeddings else set()
-    if unused := [name for name in plan.source.unused() if name not in expected]:
-        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-        raise ValueError(
-            f"{plan.source.folder} holds tensors that its config.json does not ask for: {', '.join(unused[:5])}{more}"
-            ". They would be lost: the model is of another kind, or its config is wrong"
-        )
-
-
-def copy_companions(source: Path, folder: Path) -> None:
+def _copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, chat templates, generation config and licence, as they are."""
     for pattern in _COPIED:
         for path in source.glob(pattern):

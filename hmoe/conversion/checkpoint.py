@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import huggingface_hub
@@ -53,7 +52,8 @@ def resolve_source(source: str | os.PathLike) -> Path:
 class CheckpointReader:
     """The tensors of a checkpoint folder by name, in one safetensors file or many.
 
-    `used` collects the names that were asked for.
+    Attributes:
+        used: names that were asked for.
 
     Raises:
         ValueError: no weights, a missing or broken file, a missing tensor; the message names it.
@@ -101,10 +101,6 @@ class CheckpointReader:
         with _open(self._file_of[name]) as file:
             return (file.get_tensor(name) if index is None else file.get_slice(name)[index]).clone()
 
-    def unused(self) -> list[str]:
-        """Names that nothing asked for; rotary frequencies, which old checkpoints carry, do not count."""
-        return [name for name in self.names if name not in self.used and not name.endswith("rotary_emb.inv_freq")]
-
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
@@ -149,67 +145,69 @@ class SourceCheckpoint(CheckpointReader):
         name = "model.embed_tokens.weight"
         return self.tensor(next((stored for stored in self.names if name.endswith(stored)), name), 0).dtype
 
+    def refuse_unused(self) -> None:
+        """Raises ValueError if a tensor was not asked for. A copy of tied embeddings and rotary frequencies, which old
+        checkpoints carry, do not count."""
+        spare = ("rotary_emb.inv_freq", *(["lm_head.weight"] if self.config.tie_word_embeddings else []))
+        if unused := [name for name in self.names if name not in self.used and not name.endswith(spare)]:
+            more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+            raise ValueError(
+                f"{self.folder} holds tensors that its config.json does not ask for: {', '.join(unused[:5])}{more}. "
+                "They would be lost: the model is of another kind, or its config is wrong"
+            )
 
-class CheckpointWriter:
-    """Writes tensors into safetensors files of about `SHARD_BYTES` in `folder`; memory holds those of one file.
 
-    Use as a context manager; leaving it without an exception writes the last file and the index.
+def write_checkpoint(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    total_bytes: int | None = None,
+    progress: bool | None = None,
+) -> int:
+    """Writes tensors into safetensors files of about `SHARD_BYTES`; memory holds those of one file.
 
     Args:
+        tensors: their names and they, taken one by one.
         total_bytes: expected size of all tensors, for the progress bar.
         progress: show the bar; None shows it on a terminal only.
+
+    Returns:
+        The bytes of all tensors.
     """
+    num_bytes, shards = 0, []
+    disable = None if progress is None else not progress
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", disable=disable) as bar:
+        for shard in _cut(tensors, bar):
+            path = folder / f"shard-{len(shards)}.partial"
+            save_file(shard, path, metadata={"format": "pt"})
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            shards.append((path, list(shard)))
+            num_bytes += sum(tensor.nbytes for tensor in shard.values())
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
+        os.replace(path, folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return num_bytes
 
-    def __init__(self, folder: str | os.PathLike, *, total_bytes: int | None = None, progress: bool | None = None):
-        self.folder = Path(folder)
-        self.num_bytes = 0
-        self._shards: list[list[str]] = []  # names
-        self._waiting: dict[str, Tensor] = {}
-        disable = None if progress is None else not progress
-        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", disable=disable)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        if sum(waiting.nbytes for waiting in self._waiting.values()) + tensor.nbytes > SHARD_BYTES:
-            self._write_shard()
+def _cut(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[dict[str, Tensor]]:
+    """The tensors in runs of at most `SHARD_BYTES`; a run is emptied before the next is taken."""
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard.clear()
         if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone(memory_format=torch.contiguous_format)  # no part of a larger one is kept or written
-        self._waiting[name] = tensor.detach()
-        self.num_bytes += tensor.nbytes
-        self._bar.update(tensor.nbytes)
-
-    def _write_shard(self) -> None:
-        if not self._waiting:
-            return
-        self._shards.append(list(self._waiting))
-        path = self._partial_path(len(self._shards))
-        save_file(self._waiting, path, metadata={"format": "pt"})
-        self._waiting = {}
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-    def _partial_path(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.partial"
-
-    def finish(self) -> None:
-        """Names the files as Transformers expects them and writes the index."""
-        self._write_shard()
-        count = len(self._shards)
-        weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
-            file_name = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else WEIGHTS
-            os.replace(self._partial_path(number), self.folder / file_name)
-            weight_map.update(dict.fromkeys(names, file_name))
-        if count > 1:
-            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._bar.close()
-        if kind is None:
-            self.finish()
+        shard[name] = tensor.detach()
+        bar.update(tensor.nbytes)
+    if shard:
+        yield shard
 
 
 @contextmanager

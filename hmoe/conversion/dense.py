@@ -38,6 +38,7 @@ from .neurons import (
     deal_neurons,
     default_multiple,
     fitted_router,
+    layer_generator,
     random_router,
     shuffle_neurons,
     top_neurons,
@@ -216,7 +217,7 @@ def _tensors(source: SourceCheckpoint, target: HMoEConfig, settings: DenseSettin
         sizes, prefix = target.layer_expert_sizes[layer], f"model.layers.{layer}"
         weights = {part: source.tensor(f"{prefix}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")}
         weights["down"] = weights["down"].t()
-        generator = _layer_generator(settings, layer)
+        generator = layer_generator(settings.seed, layer)
         parts, router = calibrated.get(layer) or (_choose_neurons(settings, sizes, weights, generator), None)
         if router is None:
             norm_weight = source.tensor(f"{prefix}.post_attention_layernorm.weight")
@@ -226,10 +227,6 @@ def _tensors(source: SourceCheckpoint, target: HMoEConfig, settings: DenseSettin
         yield from bank_tensors(target, layer, read)
 
     yield from model_tensors(source, target, experts)
-
-
-def _layer_generator(settings: DenseSettings, layer: int) -> torch.Generator:
-    return torch.Generator().manual_seed(settings.seed * 100_003 + layer)
 
 
 def _choose_neurons(
@@ -271,7 +268,7 @@ def _calibrate(
         mlp: Any = layer.mlp
         activations = mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states)  # [T, I]
         weights = {"gate": mlp.gate_proj.weight, "up": mlp.up_proj.weight, "down": mlp.down_proj.weight.t()}
-        sizes, generator = target.layer_expert_sizes[index], _layer_generator(settings, index)
+        sizes, generator = target.layer_expert_sizes[index], layer_generator(settings.seed, index)
         parts, router = _choose_neurons(settings, sizes, weights, generator, activations), None
         if settings.router != "random":
             balanced = settings.router == "balanced"

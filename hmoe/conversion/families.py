@@ -133,7 +133,10 @@ def load_source_config(folder: Path, expected: Collection[str], command: str) ->
     """The config of a source checkpoint, if its type is one of `expected` and its weights are plain tensors."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: give the folder of a checkpoint")
-    fields, _ = PreTrainedConfig.get_config_dict(folder)
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(folder)
+    except OSError as error:
+        raise ValueError(f"{error} Download or copy it again") from error
     model_type = fields.get("model_type")
     if model_type not in expected:
         reason = f"`hmoe convert {command}` reads {', '.join(expected)}"

@@ -63,7 +63,7 @@ def _fill(config: HMoEConfig, layer: int, parts: tuple[str, ...], read: ReadExpe
     sizes, tile = config.layer_expert_sizes[layer], config.expert_tile_size
     assert tile is not None
     bank = None
-    for expert, (start, end) in enumerate(_tile_ranges(sizes, tile)):
+    for expert, (start, end) in enumerate(tile_ranges(sizes, tile)):
         for position, part in enumerate(parts):
             rows = read(expert, part)
             if bank is None:
@@ -74,7 +74,8 @@ def _fill(config: HMoEConfig, layer: int, parts: tuple[str, ...], read: ReadExpe
     return bank
 
 
-def _tile_ranges(sizes: Sequence[int], tile: int) -> list[tuple[int, int]]:
+def tile_ranges(sizes: Sequence[int], tile: int) -> list[tuple[int, int]]:
+    """First tile of each expert in the bank, and the one after its last."""
     offsets = [0, *accumulate(size // tile for size in sizes)]
     return list(zip(offsets, offsets[1:]))
 
@@ -83,7 +84,7 @@ def unpack_expert(banks: tuple[Tensor, Tensor], sizes: Sequence[int], expert: in
     """An expert's `gate`, `up` and `down` [I, H] from its layer's `gate_up_proj` [N, 2g, H], `down_proj` [N, g, H]."""
     gate_up, down = banks
     tile, hidden = down.shape[1:]
-    start, end = _tile_ranges(sizes, tile)[expert]
+    start, end = tile_ranges(sizes, tile)[expert]
     return {
         "gate": gate_up[start:end, :tile].reshape(-1, hidden),
         "up": gate_up[start:end, tile:].reshape(-1, hidden),

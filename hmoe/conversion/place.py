@@ -17,6 +17,7 @@ from torch import Tensor
 from ..placement import best_method, place_layers, reorder_config
 from .base import Conversion, Options, Plan, execute
 from .checkpoint import SourceCheckpoint
+from .layout import tile_ranges
 
 
 _MOE_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|experts)\.(?!act_fn\.)")
@@ -85,11 +86,7 @@ def _tensors(source: SourceCheckpoint, orders: Sequence[Sequence[int]]) -> Itera
             layer = int(match[1])
             order = list(orders[layer])
             if match[2] == "experts":
-                order = _tile_order(config.layer_expert_sizes[layer], config.expert_tile_size, order)
+                tiles = tile_ranges(config.layer_expert_sizes[layer], config.expert_tile_size)
+                order = [tile for expert in order for tile in range(*tiles[expert])]
             tensor = tensor[order]
         yield name, tensor
-
-
-def _tile_order(sizes: Sequence[int], tile: int, order: Sequence[int]) -> list[int]:
-    starts = [sum(sizes[:expert]) // tile for expert in range(len(sizes))]
-    return [starts[expert] + i for expert in order for i in range(sizes[expert] // tile)]

@@ -23,7 +23,7 @@ from .base import Conversion, Options, Plan, execute
 from .calibration import calibration_tokens, run_layers
 from .checkpoint import SourceCheckpoint
 from .layout import bank_tensors, model_tensors, read_banks, unpack_expert
-from .neurons import contributions, default_multiple, top_neurons, weight_importance
+from .neurons import contributions, default_multiple, layer_generator, top_neurons, weight_importance
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _experts(
         name = f"model.layers.{layer}.mlp.gate.{parameter}"
         yield name, source.tensor(name)
     banks, old_sizes = read_banks(source, layer), source.config.layer_expert_sizes[layer]
-    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+    generator = layer_generator(seed, layer)
 
     def read(expert: int, part: str) -> Tensor:
         rows, size = unpack_expert(banks, old_sizes, expert)[part], target.layer_expert_sizes[layer][expert]
