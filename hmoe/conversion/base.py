@@ -119,14 +119,13 @@ def execute(plan: Plan, target: str | Path, options: Options) -> Conversion:
         if isinstance(plan.config, HMoEConfig):
             custom_object_save(HMoEForCausalLM, folder)
             plan.config.architectures = plan.config.architectures or [HMoEForCausalLM.__name__]
-        notes = list(plan.notes)
-        check = _check(plan, folder, options, notes)
+        check = _check(plan, folder, options)
         if check is not None and not check.passed:
             raise CheckFailed(
                 f"{check}. These should be equal; nothing was written to {target}. Please report it with the model; "
                 "--no_check skips this check"
             )
-        conversion = Conversion(Path(target), plan.config, num_bytes, check, tuple(notes))
+        conversion = Conversion(Path(target), plan.config, num_bytes, check, tuple(plan.notes))
         _write_card(plan, folder, options, conversion)
         plan.config.save_pretrained(folder)  # last: until now the folder does not load
     return conversion
@@ -142,11 +141,12 @@ def _copy_companions(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _check(plan: Plan, folder: Path, options: Options, notes: list[str]) -> CheckResult | None:
+def _check(plan: Plan, folder: Path, options: Options) -> CheckResult | None:
     if not options.check:
         return None
     if not fits_in_memory(plan.num_parameters):
-        notes.append(f"not checked: {plan.num_parameters / 1e9:.1f} B parameters in fp32 do not fit into free memory")
+        size = f"{plan.num_parameters / 1e9:.1f} B parameters"
+        plan.notes.append(f"not checked: {size} in fp32 do not fit into free memory")
         return None
     # Whether the weights, and their multiples by `factor`, survive being written.
     is_power_of_two = plan.factor & (plan.factor - 1) == 0

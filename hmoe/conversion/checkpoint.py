@@ -174,7 +174,8 @@ def write_checkpoint(
     Returns:
         The bytes of all tensors.
     """
-    num_bytes, shards = 0, []
+    num_bytes = 0
+    shards: list[tuple[Path, list[str]]] = []
     disable = None if progress is None else not progress
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", disable=disable) as bar:
         for shard in _cut(tensors, bar):
