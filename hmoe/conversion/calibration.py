@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ from .checkpoint import SourceCheckpoint
 
 SEQUENCE_LENGTH = 256
 
-# on_layer(layer index, the layer with its weights, input of its FFN [T, H])
-OnLayer = Callable[[int, nn.Module, Tensor], None]
+# on_layer(layer index, the FFN or MoE block with its weights, its input [T, H])
+OnLayer = Callable[[int, Any, Tensor], None]
 
 
 def calibration_tokens(source: Path, text_file: str, num_tokens: int) -> Tensor:
@@ -51,7 +52,7 @@ def run_layers(source: SourceCheckpoint, tokens: Tensor, on_layer: OnLayer) -> N
     for index, layer in enumerate(model.layers):
         layer.register_forward_pre_hook(partial(_load, source, f"model.layers.{index}."))
         layer.register_forward_hook(_unload)
-        layer.mlp.register_forward_hook(partial(_report, on_layer, index, layer))
+        layer.mlp.register_forward_hook(partial(_report, on_layer, index))
     embedding = source.tensor("model.embed_tokens.weight")
     hidden_states = F.embedding(tokens, embedding).float()
     del embedding
@@ -67,5 +68,5 @@ def _unload(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
     layer.to("meta")
 
 
-def _report(on_layer: OnLayer, index: int, layer: nn.Module, mlp: nn.Module, inputs: tuple, output: Tensor) -> None:
-    on_layer(index, layer, inputs[0].flatten(0, -2))
+def _report(on_layer: OnLayer, index: int, mlp: nn.Module, inputs: tuple, output: Tensor) -> None:
+    on_layer(index, mlp, inputs[0].flatten(0, -2))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..configuration_hmoe import HMoEConfig
@@ -264,8 +264,7 @@ def _calibrate(
     tokens = calibration_tokens(source.folder, settings.calibration_text, settings.calibration_tokens)
     found: dict[int, tuple[list[Tensor], Tensor | None]] = {}
 
-    def on_layer(index: int, layer: nn.Module, hidden_states: Tensor) -> None:
-        mlp: Any = layer.mlp
+    def on_layer(index: int, mlp: Any, hidden_states: Tensor) -> None:
         activations = mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states)  # [T, I]
         weights = {"gate": mlp.gate_proj.weight, "up": mlp.up_proj.weight, "down": mlp.down_proj.weight.t()}
         sizes, generator = target.layer_expert_sizes[index], layer_generator(settings.seed, index)

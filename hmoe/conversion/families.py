@@ -1,4 +1,5 @@
-"""The families of models that convert, one record each: how their configs read as `HMoEConfig`, and tensor names.
+"""The families of models that convert. A record says how to read a family's config as `HMoEConfig`, and what its
+tensors are called.
 
 Another family is one more entry of `DENSE_FAMILIES` or `MOE_FAMILIES`; tests/conversion/test_moe.py adds one.
 """
@@ -126,6 +127,7 @@ MOE_FAMILIES = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
+    """The record of a config's family; HMoE's own is that of a family without peculiarities."""
     return {**DENSE_FAMILIES, **MOE_FAMILIES, "hmoe": Family()}[config.model_type]
 
 

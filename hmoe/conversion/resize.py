@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..configuration_hmoe import HMoEConfig
 from ..costs import count_parameters
@@ -134,8 +134,8 @@ def _importance(source: SourceCheckpoint, settings: ResizeSettings) -> list[list
     tokens = calibration_tokens(source.folder, settings.calibration_text, settings.calibration_tokens)
     scores: dict[int, list[Tensor]] = {}
 
-    def on_layer(index: int, layer: nn.Module, hidden_states: Tensor) -> None:
-        scores[index] = _routed_contributions(layer.mlp, hidden_states, config.layer_expert_sizes[index])
+    def on_layer(index: int, mlp: Any, hidden_states: Tensor) -> None:
+        scores[index] = _routed_contributions(mlp, hidden_states, config.layer_expert_sizes[index])
 
     run_layers(source, tokens, on_layer)
     return [scores[layer] for layer in range(config.num_hidden_layers)]
