@@ -27,7 +27,7 @@ from ..sources import local_path, not_found
 from .families import load_source_config
 
 
-SHARD_BYTES = 1 << 29
+SHARD_BYTES = 1 << 28
 
 
 def resolve_source(source: str | os.PathLike) -> Path:

@@ -132,7 +132,7 @@ def _add_size_options(parser: argparse.ArgumentParser, total: str) -> None:
 class _Retired(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
         parser.error(
-            "--max_shard_gb is gone, weights are written in files of about half a gigabyte: leave it out; "
+            "--max_shard_gb is gone, weights are written in files of about a quarter of a gigabyte: leave it out; "
             "model.save_pretrained(FOLDER, max_shard_size=...) makes files of another size"
         )
 
