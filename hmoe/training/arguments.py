@@ -1,5 +1,7 @@
 """Everything that a training run can be told: dataclasses that a YAML recipe and the command line fill."""
 
+# ruff: noqa: RUF009 (`_field` makes a `dataclasses.field`)
+
 from __future__ import annotations
 
 import json

@@ -83,8 +83,10 @@ def _value(choice: Any) -> str:
 def run_info_of(trainer: Trainer) -> dict[str, Any]:
     """What [`write_model_card`] needs and a trainer knows; `load` and `losses` are of the last training log."""
     state = trainer.state
-    training = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-    evaluation = next((entry for entry in reversed(state.log_history) if any(map(_is_of_evaluation, entry))), {})
+    training: dict[str, float] = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+    evaluation: dict[str, float] = next(
+        (entry for entry in reversed(state.log_history) if any(map(_is_of_evaluation, entry))), {}
+    )
     window = getattr(trainer, "router_window", None)
     adapters = getattr(trainer.model, "peft_config", None) or {}
     bases = [adapter.base_model_name_or_path for adapter in adapters.values()]
@@ -96,9 +98,7 @@ def run_info_of(trainer: Trainer) -> dict[str, Any]:
         "losses": {name: value for name, value in training.items() if name.endswith("loss")},
         "load": window.load() if window is not None else None,
         "evaluation": {
-            name: value
-            for name, value in evaluation.items()
-            if _is_of_evaluation(name) and not name.endswith(_SPEEDS)
+            name: value for name, value in evaluation.items() if _is_of_evaluation(name) and not name.endswith(_SPEEDS)
         },
         "base_model": next(iter(bases), None) or trainer.model.config.name_or_path or None,
     }

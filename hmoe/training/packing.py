@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, count
 from typing import Any
 
 import datasets
@@ -17,7 +17,6 @@ from transformers.data.data_collator import default_data_collator
 
 
 IGNORE = -100
-STREAM_BATCH = 64
 
 
 def make_sequence(ids: NDArray, starts: NDArray | None = None) -> dict[str, Tensor]:
@@ -62,7 +61,7 @@ class PackedDataset(Dataset):
     def chunks(self) -> list[tuple[NDArray, NDArray]]:
         """Per chunk of the Arrow column: its tokens, and the offsets of its documents."""
         if self._chunks is None:
-            column = self.tokenized.with_format("arrow").data.column("input_ids")
+            column = self.tokenized.data.column("input_ids")
             self._chunks = [
                 (chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy(zero_copy_only=False))
                 for chunk in column.chunks
@@ -71,6 +70,11 @@ class PackedDataset(Dataset):
             sizes = (int(offsets[-1] - offsets[0]) for _, offsets in self._chunks)
             self._ends = list(accumulate(sizes))
         return self._chunks
+
+    @property
+    def document_lengths(self) -> NDArray:
+        """Tokens of each document."""
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(offsets) for _, offsets in self.chunks)])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_chunks": None}
@@ -132,16 +136,14 @@ class PackedStream(IterableDataset):
     The order depends on `seed` alone, so that a resumed run finds its place by skipping what it has read.
 
     Args:
-        sources: `datasets.IterableDataset`s of raw rows, already shuffled with a seed.
+        sources: `datasets.IterableDataset`s with a column `input_ids` of documents, already shuffled with a seed.
         weights: how often a sequence comes from each source.
-        encode: documents of token ids from some raw rows of one source, given its index.
     """
 
     def __init__(
         self,
         sources: Sequence[Any],
         weights: Sequence[float],
-        encode: Callable[[int, list[dict[str, Any]]], Iterable[NDArray]],
         length: int,
         *,
         within: bool = False,
@@ -149,7 +151,6 @@ class PackedStream(IterableDataset):
     ):
         self.sources = list(sources)
         self.weights = np.asarray(weights, dtype=np.float64) / sum(weights)
-        self.encode = encode
         self.length = length
         self.within = within
         self.seed = seed
@@ -157,7 +158,7 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         choose = np.random.default_rng([self.seed, worker.id if worker else 0])
-        streams = [self._sequences(self._documents(index)) for index in range(len(self.sources))]
+        streams = [self._sequences(self._documents(source, count())) for source in self.sources]
         while True:
             sequence = next(streams[choose.choice(len(streams), p=self.weights)], None)
             if sequence is None:
@@ -166,23 +167,21 @@ class PackedStream(IterableDataset):
 
     def first_pass(self) -> Iterator[dict[str, Tensor]]:
         """The sequences of one pass over the sources, one source after another."""
-        for index in range(len(self.sources)):
-            yield from self._sequences(self._documents(index, passes=1))
+        for source in self.sources:
+            yield from self._sequences(self._documents(source, range(1)))
 
-    def _documents(self, index: int, passes: int | None = None) -> Iterator[NDArray]:
-        epoch = 0
-        while passes is None or epoch < passes:
-            self.sources[index].set_epoch(epoch)
-            rows, found = iter(self.sources[index]), False
-            while batch := list(islice(rows, STREAM_BATCH)):
-                for document in self.encode(index, batch):
+    def _documents(self, source: Any, epochs: Iterable[int]) -> Iterator[NDArray]:
+        for epoch in epochs:
+            source.set_epoch(epoch)
+            found = False
+            for row in source:
+                if len(row["input_ids"]):
                     found = True
-                    yield document
+                    yield row["input_ids"]
             if not found:
                 if get_worker_info() is None:
                     raise ValueError("a streamed source holds no document: all are empty or held out")
                 return  # more loader workers than shards
-            epoch += 1
 
     def _sequences(self, documents: Iterable[NDArray]) -> Iterator[dict[str, Tensor]]:
         waiting: list[NDArray] = []

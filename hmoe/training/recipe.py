@@ -49,7 +49,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     )
     if unknown:
         raise ValueError(_unknown_argument(unknown))
-    return Arguments(*parsed, recipe=_given(parsed, recipe, rest))
+    model, tokenizer, data, lora, training = parsed
+    return Arguments(model, tokenizer, data, lora, training, _given(parsed, recipe, rest))
 
 
 class _Parser(HfArgumentParser):

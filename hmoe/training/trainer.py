@@ -45,6 +45,7 @@ from .checkpointing import (
 from .router_log import RouterMetrics, RouterWindow, summarise
 from .sharded import checkpoints_allowed, is_sharded, load_states, load_weights, save_states
 
+
 class HMoETrainer(Trainer):
     """Takes what `Trainer` takes; `args` may be plain `TrainingArguments` or `HMoETrainingArguments`.
 
@@ -77,8 +78,8 @@ class HMoETrainer(Trainer):
         has_budget = options.max_train_tokens is not None or options.max_train_flops is not None
         self._counts = self._measures or has_budget
         if has_budget:
-            limits = {"max_tokens": options.max_train_tokens, "max_flops": options.max_train_flops}
-            self.add_callback(BudgetCallback(self._collect, **limits))
+            tokens, flops = options.max_train_tokens, options.max_train_flops
+            self.add_callback(BudgetCallback(self._collect, max_tokens=tokens, max_flops=flops))
         self._stop = StopOnSigterm(self.accelerator)
         self.add_callback(self._stop)
         if options.metrics_file:
