@@ -83,10 +83,9 @@ def _value(choice: Any) -> str:
 def run_info_of(trainer: Trainer) -> dict[str, Any]:
     """What [`write_model_card`] needs and a trainer knows; `load` and `losses` are of the last training log."""
     state = trainer.state
-    training: dict[str, float] = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-    evaluation: dict[str, float] = next(
-        (entry for entry in reversed(state.log_history) if any(map(_is_of_evaluation, entry))), {}
-    )
+    logs = state.log_history[::-1]
+    training: dict[str, float] = next((entry for entry in logs if "loss" in entry), {})
+    evaluation: dict[str, float] = next((entry for entry in logs if any(map(_is_of_evaluation, entry))), {})
     window = getattr(trainer, "router_window", None)
     adapters = getattr(trainer.model, "peft_config", None) or {}
     bases = [adapter.base_model_name_or_path for adapter in adapters.values()]

@@ -204,8 +204,8 @@ def _build_mapped(request: _Request) -> TrainingData:
         if not are_chats:
             num_tokens = sum(data.num_tokens for data, _ in validation)
             found = (
-                f"{num_tokens} tokens, fewer than one sequence of {request.length} (a text file is one document unless "
-                "`text_documents` or `document_separator` say otherwise)"
+                f"{num_tokens} tokens, fewer than one sequence of {request.length} (a text file is one document, "
+                "unless `text_documents` or `document_separator` say otherwise)"
             )
         raise ValueError(
             f"the validation data hold {found}: raise `validation_fraction` (now {options.validation_fraction}), name "

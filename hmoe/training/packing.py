@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, count
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -54,30 +57,27 @@ class PackedDataset(Dataset):
         self.tokenized = tokenized
         self.length = length
         self.within = within
-        self._chunks: list[tuple[NDArray, NDArray]] | None = None
-        self.num_tokens = sum(int(offsets[-1] - offsets[0]) for _, offsets in self.chunks)
+        self.num_tokens = len(self._tokens)
 
-    @property
-    def chunks(self) -> list[tuple[NDArray, NDArray]]:
-        """Per chunk of the Arrow column: its tokens, and the offsets of its documents."""
-        if self._chunks is None:
-            column = self.tokenized.data.column("input_ids")
-            self._chunks = [
-                (chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy(zero_copy_only=False))
-                for chunk in column.chunks
-                if len(chunk)
-            ]
-            sizes = (int(offsets[-1] - offsets[0]) for _, offsets in self._chunks)
-            self._ends = list(accumulate(sizes))
-        return self._chunks
+    @cached_property
+    def _tokens(self) -> pa.ChunkedArray:
+        """All documents as one array, whose chunks lie in the file."""
+        column = self.tokenized.data.column("input_ids")
+        return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
 
     @property
     def document_lengths(self) -> NDArray:
-        """Tokens of each document."""
-        return np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(offsets) for _, offsets in self.chunks)])
+        return pc.list_value_length(self.tokenized.data.column("input_ids")).to_numpy()
+
+    @cached_property
+    def _starts(self) -> NDArray:
+        """Where each document starts among all tokens."""
+        lengths = self.document_lengths
+        return np.cumsum(lengths, dtype=np.int64) - lengths
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chunks": None}
+        # Arrow would copy the tokens into a pickle; a process that gets this opens the file.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_tokens", "_starts")}
 
     def __len__(self) -> int:
         return self.num_tokens // self.length
@@ -86,21 +86,14 @@ class PackedDataset(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         begin = (index % len(self)) * self.length
-        end = begin + self.length
-        chunks, tokens, starts = self.chunks, [], [np.zeros(1, dtype=np.int64)]
-        chunk, taken = bisect_right(self._ends, begin), 0
-        while taken < self.length:
-            values, offsets = chunks[chunk]
-            first = int(offsets[0]) + begin + taken - (self._ends[chunk - 1] if chunk else 0)
-            last = min(first + self.length - taken, int(offsets[-1]))
-            tokens.append(values[first:last])
-            if self.within:
-                inside = offsets[np.searchsorted(offsets, first) : np.searchsorted(offsets, last)]
-                starts.append(inside.astype(np.int64) - first + taken)
-            taken += last - first
-            chunk += 1
-        assert begin + taken == end
-        return make_sequence(np.concatenate(tokens), np.concatenate(starts) if self.within else None)
+        ids = self._tokens.slice(begin, self.length).to_numpy()
+        return make_sequence(ids, _starts_within(self._starts, begin, self.length) if self.within else None)
+
+
+def _starts_within(starts: NDArray, begin: int, length: int) -> NDArray:
+    """Where the documents of a sequence start in it, from ascending `starts` in all tokens; the first is its own."""
+    first, last = np.searchsorted(starts, [begin, begin + length])
+    return np.union1d(starts[first:last] - begin, [0])
 
 
 class MixedDataset(Dataset):
@@ -195,8 +188,7 @@ class PackedStream(IterableDataset):
             starts = np.cumsum([0, *map(len, waiting)])
             begin = 0
             while size - begin >= self.length:
-                inside = starts[np.searchsorted(starts, begin) : np.searchsorted(starts, begin + self.length)] - begin
-                marks = np.union1d(inside, [0]) if self.within else None
+                marks = _starts_within(starts, begin, self.length) if self.within else None
                 yield make_sequence(tokens[begin : begin + self.length], marks)
                 begin += self.length
             waiting, size = [tokens[begin:]], size - begin
