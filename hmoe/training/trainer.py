@@ -72,22 +72,30 @@ class HMoETrainer(Trainer):
         self._pending = RouterWindow()
         self._eval_metrics: RouterMetrics | None = None
         self._window_start = self._paused = 0.0
-        # Those who bring plain `TrainingArguments` get the defaults.
-        self._options = options = self.args if isinstance(self.args, RunOptions) else RunOptions()
-        self._measures = options.router_metrics != "off"
-        has_budget = options.max_train_tokens is not None or options.max_train_flops is not None
-        self._counts = self._measures or has_budget
-        if has_budget:
-            tokens, flops = options.max_train_tokens, options.max_train_flops
+        tokens, flops = self._option("max_train_tokens"), self._option("max_train_flops")
+        self._has_budget = tokens is not None or flops is not None
+        if self._has_budget:
             self.add_callback(BudgetCallback(self._collect, max_tokens=tokens, max_flops=flops))
         self._stop = StopOnSigterm(self.accelerator)
         self.add_callback(self._stop)
-        if options.metrics_file:
-            path = Path(self.args.output_dir) / options.metrics_file
+        if self._option("metrics_file"):
+            path = Path(self.args.output_dir) / self._option("metrics_file")
             self.add_callback(JsonlMetrics(path, lambda: self.router_window))
         boards = [board for board in self.callback_handler.callbacks if isinstance(board, TensorBoardCallback)]
-        if boards and options.router_heat_maps:
+        if boards and self._option("router_heat_maps"):
             self.add_callback(RouterHeatMaps(boards[0], lambda: self.router_window, self.model.config))
+
+    def _option(self, name: str) -> Any:
+        """A field of [`RunOptions`], or its default for those who bring plain `TrainingArguments`."""
+        return getattr(self.args, name, getattr(RunOptions, name))
+
+    @property
+    def _measures(self) -> bool:
+        return self._option("router_metrics") != "off"
+
+    @property
+    def _counts(self) -> bool:
+        return self._measures or self._has_budget
 
     # Metrics
 
@@ -165,7 +173,7 @@ class HMoETrainer(Trainer):
         seconds = max(now - self._window_start - self._paused, 1e-9)
         self._window_start, self._paused = now, 0.0
         return {
-            **summarise(window, self.model.config, self._options.router_metrics),
+            **summarise(window, self.model.config, self._option("router_metrics")),
             "tokens_per_second": window.tokens / seconds,
             "flops_per_second": window.flops / seconds,
             "tokens_seen": self.state.num_input_tokens_seen,
@@ -254,7 +262,7 @@ class HMoETrainer(Trainer):
         return answer[0]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        flops = forward_flops(self.model, self._options.flops_convention) if self._counts else None
+        flops = forward_flops(self.model, self._option("flops_convention")) if self._counts else None
         self._metrics, self._pending = RouterMetrics(flops), RouterWindow()
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._window_start, self._paused = time.perf_counter(), 0.0
