@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -26,9 +26,8 @@ def _field(default: Any, help: str) -> Any:
 def _check_choices(options: Any) -> None:
     """Raises ValueError for a field declared `Literal` with another value; the parser checks only what it parses."""
     for name, hint in get_type_hints(type(options)).items():
-        choices, value = get_args(hint), getattr(options, name, None)
-        if getattr(hint, "__origin__", None) is Literal and value not in choices:
-            raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
+        if get_origin(hint) is Literal and getattr(options, name) not in get_args(hint):
+            raise ValueError(f"`{name}` must be one of {list(get_args(hint))}, got {getattr(options, name)!r}")
 
 
 def parse_mapping(name: str, value: Any) -> dict[str, Any]:
