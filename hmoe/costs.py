@@ -39,9 +39,6 @@ from hmoe.routers import RoutedLayer, routed_layers, shape_of, text_config
 CONVENTIONS = ("matmul", "6nd")
 # Backward computes two products, for inputs and for weights, where forward computes one.
 TRAIN_FACTOR = 3
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Weight, gradient and the two moments of AdamW; autocast keeps all of them in float32.
-TRAIN_STATE_BYTES_PER_PARAMETER = 16
 PARTS = ("embedding", "attention", "norms", "router", "ffn", "adapters", "unrouted")
 # Per MoE layer, per expert, the share of tokens that activate it; a layer sums to its experts per token.
 Load = Sequence[Sequence[float]]
@@ -74,13 +71,6 @@ class ForwardFlops:
     window: int | None
     per_expert: list[list[int]]
     experts_per_token: int | None
-
-    @property
-    def depends_on_load(self) -> bool:
-        """Whether routing changes the FLOPs: experts of different sizes, or Top-P."""
-        return any(len(set(row)) > 1 for row in self.per_expert) or (
-            bool(self.per_expert) and self.experts_per_token is None
-        )
 
     def shared(self, num_tokens: int, length: int) -> int:
         """Of everything but the experts, for `num_tokens` tokens in sequences of `length`."""
@@ -370,15 +360,12 @@ def equal_load(rows: Sequence[Sequence[Any]], experts_per_token: float) -> list[
 
 def inverse_size_load(sizes: Sequence[int], experts_per_token: float) -> list[float]:
     """Shares of tokens proportional to 1 / size that sum to `experts_per_token`; no share above 1."""
-    load = [0.0] * len(sizes)
-    free, remaining = list(range(len(sizes))), experts_per_token
-    while free:
-        total = sum(1 / sizes[expert] for expert in free)
-        full = [expert for expert in free if remaining / sizes[expert] / total > 1]
-        for expert in full or free:
-            load[expert] = 1.0 if full else remaining / sizes[expert] / total
-        remaining -= len(full)
-        free = [expert for expert in free if expert not in full] if full else []
+    load, remaining = [0.0] * len(sizes), experts_per_token
+    smallest_first = sorted(range(len(sizes)), key=lambda expert: sizes[expert])
+    for place, expert in enumerate(smallest_first):
+        inverses = sum(1 / sizes[other] for other in smallest_first[place:])
+        load[expert] = min(remaining / (sizes[expert] * inverses), 1.0)
+        remaining -= load[expert]
     return load
 
 
