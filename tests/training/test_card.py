@@ -10,19 +10,11 @@ import yaml
 from helpers.rounding import step_rounding
 from local_hub import TOKEN, USER, local_hub
 from safetensors.torch import load_file
-from tiny_training import tiny_arguments, tiny_data, tiny_model, tiny_trainer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_training import tiny_arguments, tiny_data, tiny_model, tiny_tokenizer, tiny_trainer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hmoe import count_parameters
 from hmoe.training.card import write_model_card
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 64)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +88,7 @@ def test_card_of_layers_that_differ_of_top_p_and_of_a_dense_twin(tmp_path):
 PUSH = """
 import sys
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/.."]
-from test_publish import tiny_tokenizer
-from tiny_training import tiny_trainer
+from tiny_training import tiny_tokenizer, tiny_trainer
 from hmoe.training.card import push_folder
 
 arguments = {"push_to_hub": True, "hub_model_id": "counting", "save_strategy": "steps", "save_steps": 1, "seed": 3}
