@@ -30,7 +30,7 @@ from hmoe.costs import forward_flops
 from .arguments import RunOptions
 from .budget import BudgetCallback
 from .callbacks import JsonlMetrics, RouterHeatMaps, StopOnSigterm, TrainingStopped
-from .card import run_info_of, write_model_card
+from .publish import run_info_of, write_model_card
 from .checkpointing import (
     STAGING_PREFIX,
     CheckpointError,
@@ -222,13 +222,13 @@ class HMoETrainer(Trainer):
         return {**inputs, "labels": labels}
 
     def create_model_card(self, **kwargs: Any) -> None:
-        """Writes the card of [`hmoe.training.card`]; `card_info` adds to, and wins over, what the run knows."""
+        """Writes the card of [`hmoe.training.publish`]; `card_info` adds to, and wins over, what the run knows."""
         if not self.is_world_process_zero():
             return
         given = {"base_model": kwargs.get("finetuned_from"), "datasets": kwargs.get("dataset_tags")}
         given |= {name: kwargs.get(name) for name in ("language", "license", "tags")}
         info = {**run_info_of(self), **{name: value for name, value in given.items() if value}, **self.card_info}
-        write_model_card(self.model, self.processing_class, self.args, str(self.args.output_dir), info)
+        write_model_card(self.model, self.args, str(self.args.output_dir), info)
 
     # Checkpoints
 

@@ -14,7 +14,7 @@ from tiny_training import tiny_arguments, tiny_data, tiny_model, tiny_tokenizer,
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hmoe import count_parameters
-from hmoe.training.card import write_model_card
+from hmoe.training.publish import write_model_card
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +76,12 @@ def test_card_keeps_folders_and_tokens_of_the_machine_to_itself(finished):
 
 def test_card_of_layers_that_differ_of_top_p_and_of_a_dense_twin(tmp_path):
     model = tiny_model(expert_intermediate_sizes=[[8, 16], [24, 32, 40]], routing="top_p", max_experts_per_tok=2)
-    text = write_model_card(model, None, tiny_arguments(tmp_path), tmp_path, {}).read_text()
+    text = write_model_card(model, tiny_arguments(tmp_path), tmp_path, {}).read_text()
     assert "| 1 | 24, 32, 40 |" in text and "Top-P, p = 0.6, at most 2" in text and "depends on the token" in text
     dense = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     )
-    text = write_model_card(dense, None, tiny_arguments(tmp_path), tmp_path, {}).read_text()
+    text = write_model_card(dense, tiny_arguments(tmp_path), tmp_path, {}).read_text()
     assert "trust_remote_code" not in text and "mixture-of-experts" not in text
 
 
@@ -89,7 +89,7 @@ PUSH = """
 import sys
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/.."]
 from tiny_training import tiny_tokenizer, tiny_trainer
-from hmoe.training.card import push_folder
+from hmoe.training.publish import push_folder
 
 arguments = {"push_to_hub": True, "hub_model_id": "counting", "save_strategy": "steps", "save_steps": 1, "seed": 3}
 trainer = tiny_trainer(sys.argv[2], max_steps=2, **arguments)

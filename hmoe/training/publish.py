@@ -33,7 +33,7 @@ _TOTALS = {"steps": "{:,}", "tokens": "{:,}", "flops": "{:.3e}", "seconds": "{:,
 
 
 def write_model_card(
-    model: Any, tokenizer: Any, args: TrainingArguments, output_dir: str | os.PathLike, run_info: Mapping[str, Any]
+    model: Any, args: TrainingArguments, output_dir: str | os.PathLike, run_info: Mapping[str, Any]
 ) -> Path:
     """Writes `README.md` into `output_dir` and returns its path.
 
