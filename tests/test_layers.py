@@ -58,3 +58,27 @@ def test_nothing_imports_itself_in_a_circle():
     for module in sorted(graph):
         visit(module, ())
     assert done == set(modules)
+
+
+def test_the_map_in_contributing_names_every_file():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    heads = {"conversion": "| `conversion/` |", "training": "| `training/` |", "eval": "| `eval/` |"}
+    places = sorted(text.index(head) for head in heads.values())
+    for name in FILES:
+        part, _, file = name.rpartition("/")
+        if file in ("__init__.py", "__main__.py") or name == "training/placement.py":  # the last: an alias of a command
+            continue
+        start = text.index(heads[part]) if part in heads else text.index("## The map")
+        end = min([place for place in places if place > start], default=text.index("## Adding an expert backend"))
+        assert part not in heads or f"`{file}`" in text[start:end], f"{name} is not in its part of the map"
+        assert f"`{file}`" in text[start:], f"{name} is not on the map"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_take_at_most_eight_parameters(name):
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef) or node.name == "forward" or node.name.endswith("_kernel"):
+            continue  # Transformers' interface, and Triton's kernels
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        own = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+        assert len(own) <= 8, f"{node.name}({', '.join(own)})"

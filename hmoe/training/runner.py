@@ -13,9 +13,9 @@ from hmoe.costs import ForwardFlops, forward_flops
 from hmoe.metrics import NextTokenMetrics, score_tokens
 
 from .budget import steps_for_budget
-from .publish import push_folder
 from .data import build_data, with_padding
 from .model import add_lora, build_config, build_model
+from .publish import push_folder
 from .recipe import Arguments
 from .tokenizer import build_tokenizer
 from .trainer import HMoETrainer

@@ -30,7 +30,6 @@ from hmoe.costs import forward_flops
 from .arguments import RunOptions
 from .budget import BudgetCallback
 from .callbacks import JsonlMetrics, RouterHeatMaps, StopOnSigterm, TrainingStopped
-from .publish import run_info_of, write_model_card
 from .checkpointing import (
     STAGING_PREFIX,
     CheckpointError,
@@ -42,6 +41,7 @@ from .checkpointing import (
     resolve_checkpoint,
     write_manifest,
 )
+from .publish import run_info_of, write_model_card
 from .router_log import RouterMetrics, RouterWindow, summarise
 from .sharded import checkpoints_allowed, is_sharded, load_states, load_weights, save_states
 
