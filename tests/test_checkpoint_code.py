@@ -23,6 +23,8 @@ HEADS = {
     "AutoModelForQuestionAnswering": "HMoEForQuestionAnswering",
 }
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
+# What a checkpoint's code does only where the package is installed.
+WITH_THE_PACKAGE = "from hmoe.presets import preset_fields", "from hmoe.trl import use_own_router_losses"
 INPUT_IDS = torch.arange(12).view(2, 6) + 3
 
 # Opens every head from every checkpoint in a folder, and saves each checkpoint again from the head that made it.
@@ -70,6 +72,10 @@ for folder in sorted(source.iterdir()):
                 model.set_experts_implementation("sonicmoe")
             except ValueError as error:
                 info["refused backend"] = str(error)
+            try:
+                model.add_model_tags(["trl", "sft"])
+            except ImportError as error:
+                info["refused trainer"] = str(error)
 info["hmoe"] = any(name.partition(".")[0] == "hmoe" for name in sys.modules)
 torch.save(tensors, answers.with_suffix(".pt"))
 answers.with_suffix(".json").write_text(json.dumps(info))
@@ -153,6 +159,11 @@ def test_generation_and_backends_work_on_checkpoint_code(strangers):
         assert all(name in info["refused backend"] for name in ("sonicmoe", *BACKENDS))
 
 
+def test_without_the_package_checkpoint_code_refuses_a_trainer_that_would_replace_its_router_losses(strangers):
+    for _, info in (strangers.first, strangers.second):
+        assert "`pip install -U hmoe`" in info["refused trainer"]
+
+
 def test_with_the_package_imported_no_trust_is_needed_and_its_classes_are_used(strangers):
     for auto_class, name in HEADS.items():
         for trust in (None, True):
@@ -176,7 +187,7 @@ def test_files_that_travel_import_only_each_other_and_what_every_host_has(strang
                 assert {alias.name.partition(".")[0] for alias in node.names} <= known, ast.unparse(node)
             elif isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and node.module in files, ast.unparse(node)
-            elif isinstance(node, ast.ImportFrom) and ast.unparse(node) != "from hmoe.presets import preset_fields":
+            elif isinstance(node, ast.ImportFrom) and ast.unparse(node) not in WITH_THE_PACKAGE:
                 assert node.module.partition(".")[0] in hosts, ast.unparse(node)
 
 
