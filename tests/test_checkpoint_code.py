@@ -197,6 +197,7 @@ import sys
 
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.mixtral import modeling_mixtral
 
 import hmoe
 
@@ -209,6 +210,13 @@ def loss_and_gradients(model):
     loss = model(input_ids, labels=input_ids).lm_loss
     loss.backward()
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+# The model's own, and what a trainer of TRL gets for it.
+def aux_losses(model):
+    model.add_model_tags(["trl", "sft"])
+    output = model(input_ids, output_router_logits=True)
+    return [output.aux_loss, modeling_mixtral.load_balancing_loss_func(output.router_logits, 4, 2)]
 
 
 def same(left, right):
@@ -229,6 +237,8 @@ print(json.dumps({
     "edited copy": same(loss_and_gradients(copies[1]), relu),
     "installed package": same(loss_and_gradients(installed), silu),
     "plain copy again": same(loss_and_gradients(copies[0]), silu),
+    "trl": all(torch.equal(*aux_losses(model)) for model in (installed, *copies)),
+    "trl and the edited loss": not same(aux_losses(copies[0]), aux_losses(copies[1])),
 }))
 """
 
@@ -240,6 +250,8 @@ def test_code_of_two_checkpoints_and_the_package_share_one_process(tiny_config, 
     # Code of the same name that computes something else inside its custom op.
     with (edited / "grouped_hmoe.py").open("a") as file:
         file.write('\nACTIVATIONS["silu"] = ACTIVATIONS["relu"]\n')
+    with (edited / "routing_hmoe.py").open("a") as file:
+        file.write('\nROUTER_LOSSES["parameter_penalty_loss"] = router_z_loss\n')
     process = subprocess.run(
         [sys.executable, "-c", NEIGHBOURS, plain, edited],
         env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
