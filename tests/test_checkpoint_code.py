@@ -254,7 +254,11 @@ def test_code_of_two_checkpoints_and_the_package_share_one_process(tiny_config, 
         file.write('\nROUTER_LOSSES["parameter_penalty_loss"] = router_z_loss\n')
     process = subprocess.run(
         [sys.executable, "-c", NEIGHBOURS, plain, edited],
-        env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        env={
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(hmoe.__file__).parents[1]),  # this copy of the package, whatever is installed
+        },
         capture_output=True,
         text=True,
     )
