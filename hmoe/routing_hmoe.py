@@ -12,18 +12,16 @@ Letters in shapes: T tokens, E experts, K expert slots per token (an unused slot
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.models.mixtral import modeling_mixtral
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 
@@ -322,46 +320,3 @@ def _token_mask(attention_mask: Tensor | None, logits: Tensor) -> Tensor | None:
         return None
     num_positions = logits.shape[0] // max(attention_mask.shape[0], 1)
     return attention_mask[:, attention_mask.shape[1] - num_positions :].reshape(-1).to(logits.device)
-
-
-class RouterLogits(tuple):
-    """Router logits [T, E] of all layers that know the experts they activated [T, K] and the config of their losses.
-
-    Other libraries' trainers get nothing else of the routing (see [`use_own_router_losses`]).
-    """
-
-    router_index: tuple[Tensor, ...]
-    config: HMoEConfig
-
-    @classmethod
-    def of(cls, logits: tuple[Tensor, ...], router_index: tuple[Tensor, ...], config: HMoEConfig) -> RouterLogits:
-        made = cls(logits)
-        made.router_index, made.config = router_index, config
-        return made
-
-    def weighted_loss(self, attention_mask: Tensor | None) -> Tensor:
-        return weighted_router_losses(self, self.router_index, self.config, attention_mask)[0]
-
-
-def use_own_router_losses() -> None:
-    """Makes TRL's trainers use the router losses of HMoE models, once per process; other models keep theirs.
-
-    TRL fuses head and cross-entropy: it calls the body of any MoE model and hands its router logits to Mixtral's
-    `load_balancing_loss_func`. That would train all experts towards equal load whatever the config says. So this
-    function is replaced, where it stands, by one that asks router logits of an HMoE model for their own loss.
-    """
-    stock = modeling_mixtral.load_balancing_loss_func
-    if hasattr(stock, "asks_router_logits"):
-        return
-
-    @functools.wraps(stock)
-    def own_or_stock(
-        gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
-    ) -> Tensor | int:
-        # The code of a checkpoint has a RouterLogits class of its own.
-        if hasattr(gate_logits, "weighted_loss"):
-            return gate_logits.weighted_loss(attention_mask)
-        return stock(gate_logits, num_experts, top_k, attention_mask)
-
-    own_or_stock.asks_router_logits = True  # type: ignore[attr-defined]
-    modeling_mixtral.load_balancing_loss_func = own_or_stock

@@ -23,6 +23,8 @@ HEADS = {
     "AutoModelForQuestionAnswering": "HMoEForQuestionAnswering",
 }
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
+# What a checkpoint's code does only where the package is installed.
+WITH_THE_PACKAGE = "from hmoe.presets import preset_fields", "from hmoe.trl import use_own_router_losses"
 INPUT_IDS = torch.arange(12).view(2, 6) + 3
 
 # Opens every head from every checkpoint in a folder, and saves each checkpoint again from the head that made it.
@@ -70,6 +72,10 @@ for folder in sorted(source.iterdir()):
                 model.set_experts_implementation("sonicmoe")
             except ValueError as error:
                 info["refused backend"] = str(error)
+            try:
+                model.add_model_tags(["trl", "sft"])
+            except ImportError as error:
+                info["refused trainer"] = str(error)
 info["hmoe"] = any(name.partition(".")[0] == "hmoe" for name in sys.modules)
 torch.save(tensors, answers.with_suffix(".pt"))
 answers.with_suffix(".json").write_text(json.dumps(info))
@@ -153,6 +159,11 @@ def test_generation_and_backends_work_on_checkpoint_code(strangers):
         assert all(name in info["refused backend"] for name in ("sonicmoe", *BACKENDS))
 
 
+def test_without_the_package_checkpoint_code_refuses_a_trainer_that_would_replace_its_router_losses(strangers):
+    for _, info in (strangers.first, strangers.second):
+        assert "`pip install -U hmoe`" in info["refused trainer"]
+
+
 def test_with_the_package_imported_no_trust_is_needed_and_its_classes_are_used(strangers):
     for auto_class, name in HEADS.items():
         for trust in (None, True):
@@ -176,7 +187,7 @@ def test_files_that_travel_import_only_each_other_and_what_every_host_has(strang
                 assert {alias.name.partition(".")[0] for alias in node.names} <= known, ast.unparse(node)
             elif isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and node.module in files, ast.unparse(node)
-            elif isinstance(node, ast.ImportFrom) and ast.unparse(node) != "from hmoe.presets import preset_fields":
+            elif isinstance(node, ast.ImportFrom) and ast.unparse(node) not in WITH_THE_PACKAGE:
                 assert node.module.partition(".")[0] in hosts, ast.unparse(node)
 
 
@@ -186,6 +197,7 @@ import sys
 
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.mixtral import modeling_mixtral
 
 import hmoe
 
@@ -198,6 +210,13 @@ def loss_and_gradients(model):
     loss = model(input_ids, labels=input_ids).lm_loss
     loss.backward()
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+# The model's own, and what a trainer of TRL gets for it.
+def aux_losses(model):
+    model.add_model_tags(["trl", "sft"])
+    output = model(input_ids, output_router_logits=True)
+    return [output.aux_loss, modeling_mixtral.load_balancing_loss_func(output.router_logits, 4, 2)]
 
 
 def same(left, right):
@@ -218,6 +237,8 @@ print(json.dumps({
     "edited copy": same(loss_and_gradients(copies[1]), relu),
     "installed package": same(loss_and_gradients(installed), silu),
     "plain copy again": same(loss_and_gradients(copies[0]), silu),
+    "trl": all(torch.equal(*aux_losses(model)) for model in (installed, *copies)),
+    "trl and the edited loss": not same(aux_losses(copies[0]), aux_losses(copies[1])),
 }))
 """
 
@@ -229,6 +250,8 @@ def test_code_of_two_checkpoints_and_the_package_share_one_process(tiny_config, 
     # Code of the same name that computes something else inside its custom op.
     with (edited / "grouped_hmoe.py").open("a") as file:
         file.write('\nACTIVATIONS["silu"] = ACTIVATIONS["relu"]\n')
+    with (edited / "routing_hmoe.py").open("a") as file:
+        file.write('\nROUTER_LOSSES["parameter_penalty_loss"] = router_z_loss\n')
     process = subprocess.run(
         [sys.executable, "-c", NEIGHBOURS, plain, edited],
         env={
