@@ -66,7 +66,9 @@ def test_the_map_in_contributing_names_every_file():
     places = sorted(text.index(head) for head in heads.values())
     for name in FILES:
         part, _, file = name.rpartition("/")
-        if file in ("__init__.py", "__main__.py") or name == "training/placement.py":  # the last: an alias of a command
+        if (
+            file in ("__init__.py", "__main__.py") or name == "training/placement.py"
+        ):  # the last: an alias of a command
             continue
         start = text.index(heads[part]) if part in heads else text.index("## The map")
         end = min([place for place in places if place > start], default=text.index("## Adding an expert backend"))
