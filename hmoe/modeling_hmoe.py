@@ -45,7 +45,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_hmoe import HMoEConfig
 from .experts_hmoe import HMoEExperts, choose_experts_implementation
 from .parallel_hmoe import EP_IMPLEMENTATION, check_tiles_divide
-from .routing_hmoe import ROUTERS, HMoERouter, router_loss_share, weighted_router_losses
+from .routing_hmoe import (
+    ROUTERS,
+    HMoERouter,
+    router_loss_share,
+    use_own_router_losses,
+    weighted_router_losses,
+)
 
 
 @dataclass
@@ -352,13 +358,7 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
     def add_model_tags(self, tags: list[str] | str) -> None:
         # TRL's trainers tag the model that they will train.
         if "trl" in ([tags] if isinstance(tags, str) else tags):
-            try:
-                from hmoe.trl import use_own_router_losses
-            except ImportError as error:
-                raise ImportError(
-                    "TRL trains the router losses of this model only with the package: `pip install -U hmoe`"
-                ) from error
-            use_own_router_losses(self.model, weighted_router_losses)
+            use_own_router_losses(self.model)
         super().add_model_tags(tags)
 
     @can_return_tuple

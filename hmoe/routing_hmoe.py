@@ -12,16 +12,18 @@ Letters in shapes: T tokens, E experts, K expert slots per token (an unused slot
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.models.mixtral import modeling_mixtral
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 
@@ -320,3 +322,45 @@ def _token_mask(attention_mask: Tensor | None, logits: Tensor) -> Tensor | None:
         return None
     num_positions = logits.shape[0] // max(attention_mask.shape[0], 1)
     return attention_mask[:, attention_mask.shape[1] - num_positions :].reshape(-1).to(logits.device)
+
+
+class _RouterLogits(tuple):
+    """Router logits [T, E] of all layers, with the model's own loss of them given an attention mask."""
+
+    own_loss: Callable[[Tensor | None], Tensor]
+
+
+def _attach_own_loss(body: Any, _: Any, output: Any) -> None:
+    """A forward hook; the tuple of tensors that `return_dict=False` gives holds no router logits by name."""
+    logits = getattr(output, "router_logits", None)
+    if logits is not None and not isinstance(logits, _RouterLogits):
+        own = partial(weighted_router_losses, logits, output.router_index, body.config)
+        output.router_logits = _RouterLogits(logits)
+        output.router_logits.own_loss = lambda mask: own(mask)[0]
+
+
+def use_own_router_losses(body: nn.Module) -> None:
+    """Makes TRL use the router losses of one model; other models keep theirs.
+
+    TRL fuses head and cross-entropy: it calls the body of any MoE model and hands its router logits to Mixtral's
+    `load_balancing_loss_func`. That would train all experts towards equal load whatever the config says. There is no
+    way to tell TRL otherwise, so the router logits are made to know their own loss, and that function asks them.
+    A causal language model calls this when a trainer of TRL tags it; for a trainer that does not, call
+    `model.add_model_tags("trl")`.
+
+    Args:
+        body: what TRL calls: the model without its head.
+    """
+    body.register_forward_hook(_attach_own_loss)
+    stock = modeling_mixtral.load_balancing_loss_func
+    if hasattr(stock, "asks_router_logits"):
+        return
+
+    @functools.wraps(stock)
+    def own_or_stock(gate_logits, num_experts=None, top_k=2, attention_mask=None):
+        if hasattr(gate_logits, "own_loss"):  # of any copy of this file
+            return gate_logits.own_loss(attention_mask)
+        return stock(gate_logits, num_experts, top_k, attention_mask)
+
+    own_or_stock.asks_router_logits = True  # type: ignore[attr-defined]
+    modeling_mixtral.load_balancing_loss_func = own_or_stock
