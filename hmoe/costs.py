@@ -56,7 +56,7 @@ _KNOWN_PARAMETERS = re.compile(
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of a forward pass by their cause; [`forward_flops`] makes it from a model.
+    """FLOPs of a forward pass by their cause; [`ModelCosts.forward_flops`] makes it.
 
     Attributes:
         per_token: of every token, whatever its routing.
@@ -215,11 +215,6 @@ def moe_costs(model: nn.Module) -> ModelCosts:
             "`experts`. Give an HMoE, Mixtral, Qwen-MoE or OLMoE model; a dense model can be the baseline"
         )
     return costs
-
-
-def forward_flops(model: nn.Module, convention: str = "matmul") -> ForwardFlops:
-    """What a forward pass of a model costs: [`ModelCosts.forward_flops`]."""
-    return model_costs(model).forward_flops(convention)
 
 
 @lru_cache(maxsize=64)
@@ -430,3 +425,13 @@ def count_parameters(config: Any, load: Load | None = None) -> ParameterCounts:
         activated_min=fewest,
         activated_max=most,
     )
+
+
+def abbreviated(count: float | None) -> str:
+    """A count for people, such as `4.173 M`; `-` for None."""
+    if count is None:
+        return "-"
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.4g} {unit}"
+    return f"{count:.4g}"

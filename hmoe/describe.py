@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from hmoe.configuration_hmoe import HMoEConfig, is_hmoe
-from hmoe.costs import TRAIN_FACTOR, ModelCosts, equal_load, inverse_size_load, model_costs
+from hmoe.costs import TRAIN_FACTOR, ModelCosts, abbreviated, equal_load, inverse_size_load, model_costs
 from hmoe.placement import describe_placement
 from hmoe.presets import PRESETS
 from hmoe.sources import load_checkpoint
@@ -173,13 +173,6 @@ def report(config: Any, **options: Any) -> dict[str, Any]:
     }
 
 
-def _count(value: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.4g} {unit}"
-    return f"{value:.4g}"
-
-
 def _bytes(value: float) -> str:
     unit, limit = ("GiB", 2**30) if value >= 2**30 else ("MiB", 2**20)
     return f"{value / limit:.4g} {unit}"
@@ -194,8 +187,8 @@ def _layers_text(layers: list[Any]) -> str:
 def _rows(item: dict[str, Any]) -> dict[str, str]:
     assumed = " assumed" if item["routing"] == "top_p" else ""
     costs = {
-        "forward FLOPs per token": _count(item["flops_per_token"]),
-        "training FLOPs per token": _count(TRAIN_FACTOR * item["flops_per_token"]),
+        "forward FLOPs per token": abbreviated(item["flops_per_token"]),
+        "training FLOPs per token": abbreviated(TRAIN_FACTOR * item["flops_per_token"]),
         "inference: weights": _bytes(item["weight_bytes"]),
         "inference: KV cache": _bytes(item["kv_cache_bytes"]),
         "training: weights, gradients, AdamW": _bytes(item["train_state_bytes"]),
@@ -203,21 +196,22 @@ def _rows(item: dict[str, Any]) -> dict[str, str]:
         "  with gradient checkpointing": _bytes(item["activation_bytes_checkpointing"]),
     }
     if item["routing"] == "dense":
-        return {"parameters, all activated": _count(item["parameters"]), **costs}
+        return {"parameters, all activated": abbreviated(item["parameters"]), **costs}
     tiles = {}
     if item["tile_size"]:
         tiles["tile size [neurons]"] = str(item["tile_size"])
         tiles["tiles per layer"] = _layers_text(item["num_tiles"])
+    used, used_inverse = abbreviated(item["activated"]), abbreviated(item["activated_inverse_size"])
     return {
         "expert sizes [neurons]": _layers_text(item["layer_sizes"]),
         "total width [neurons]": _layers_text([sum(sizes) for sizes in item["layer_sizes"]]),
         **tiles,
         "routing": f"{item['routing']}, {item['experts_per_token']:g} experts per token{assumed}",
-        "parameters": _count(item["parameters"]),
-        "  of experts": _count(item["expert_parameters"]),
-        "activated per token, equal load": f"{_count(item['activated'])} ({item['activated_ratio']:.1%} of experts)",
-        "  load ~ 1 / size": f"{_count(item['activated_inverse_size'])} ({item['activated_ratio_inverse_size']:.1%})",
-        "  least .. most": f"{_count(item['activated_min'])} .. {_count(item['activated_max'])}",
+        "parameters": abbreviated(item["parameters"]),
+        "  of experts": abbreviated(item["expert_parameters"]),
+        "activated per token, equal load": f"{used} ({item['activated_ratio']:.1%} of experts)",
+        "  load ~ 1 / size": f"{used_inverse} ({item['activated_ratio_inverse_size']:.1%})",
+        "  least .. most": f"{abbreviated(item['activated_min'])} .. {abbreviated(item['activated_max'])}",
         **costs,
     }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -321,13 +320,3 @@ def check_columns(dataset: Any, needed: Iterable[str], source: Source, option: s
         if column not in names:
             hint = did_you_mean(column, names, otherwise=".")
             raise ValueError(f"{source.path!r} has no column {column!r} (`{option}`){hint} Its columns: {names}")
-
-
-def compile_separator(pattern: str | None) -> re.Pattern[str] | None:
-    """The regular expression of the lines that part documents."""
-    if pattern is None:
-        return None
-    try:
-        return re.compile(pattern, re.MULTILINE)
-    except re.error as error:
-        raise ValueError(f"`document_separator`={pattern!r} is not a regular expression: {error}") from None

@@ -17,7 +17,7 @@ from transformers import (
 
 import hmoe_cli
 from hmoe import HMoEConfig, HMoEForCausalLM
-from hmoe.costs import forward_flops
+from hmoe.costs import model_costs
 from hmoe.describe import describe, homogeneous_twin, load_config, main, report
 
 
@@ -39,7 +39,7 @@ def test_parameters_are_the_real_ones_and_flops_those_that_training_counts(tiny_
         model = HMoEForCausalLM(config)
     described = describe(config, context=32)
     assert described["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert described["flops_per_token"] == pytest.approx(forward_flops(model).count(1, 32))
+    assert described["flops_per_token"] == pytest.approx(model_costs(model).forward_flops().count(1, 32))
 
 
 SIZES = {

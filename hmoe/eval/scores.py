@@ -12,6 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from hmoe.costs import abbreviated
+
 from .suites import SUITES
 
 
@@ -158,15 +160,6 @@ def _plus_minus(value: float | None, stderr: float | None, *, percent: bool = Tr
     return text if stderr is None else f"{text} ± {scale * stderr:.2f}"
 
 
-def _abbreviated(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.4g} {unit}"
-    return f"{value:.0f}"
-
-
 def markdown(evaluations: list[Evaluation]) -> str:
     """Scores as in HMoE's Table 1, activated ratios by task as in its Table 2. Scores in percent ± standard error."""
     headings: dict[str, str] = {}  # of the tasks
@@ -176,8 +169,8 @@ def markdown(evaluations: list[Evaluation]) -> str:
     rows = [
         {
             "model": evaluation.name,
-            "parameters": _abbreviated(evaluation.parameters),
-            "activated": _abbreviated(evaluation.activated_parameters),
+            "parameters": abbreviated(evaluation.parameters),
+            "activated": abbreviated(evaluation.activated_parameters),
             "ratio": _percent(evaluation.activated_ratio),
             **{headings[s.task]: _plus_minus(s.value, s.stderr, percent=s.averaged) for s in evaluation.scores},
             "average": _plus_minus(evaluation.average, evaluation.average_stderr),

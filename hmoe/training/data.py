@@ -18,11 +18,11 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, defaul
 from transformers.utils import logging
 
 from hmoe import __version__
-from hmoe.sources import Source, check_columns, compile_separator, load_source
+from hmoe.sources import Source, check_columns, load_source
 
 from .arguments import DataOptions
 from .chat import ChatEncoder
-from .documents import Split, TextEncoder
+from .documents import Split, TextEncoder, compile_separator
 from .packing import IGNORE, MixedDataset, PackedDataset, PackedStream, flatten_batch
 
 

@@ -90,3 +90,13 @@ def split_text(text: str, separator: re.Pattern[str] | None) -> list[str]:
     # What stands before the first separator is a document only if it holds something.
     parts = [part.strip("\n") for part in separator.split(text)]
     return [part for part in parts if part.strip()]
+
+
+def compile_separator(pattern: str | None) -> re.Pattern[str] | None:
+    """The regular expression of the lines that part documents."""
+    if pattern is None:
+        return None
+    try:
+        return re.compile(pattern, re.MULTILINE)
+    except re.error as error:
+        raise ValueError(f"`document_separator`={pattern!r} is not a regular expression: {error}") from None

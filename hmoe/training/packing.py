@@ -97,10 +97,10 @@ def _starts_within(starts: NDArray, begin: int, length: int) -> NDArray:
 
 
 class MixedDataset(Dataset):
-    """Several data sets as one, in given shares.
+    """Data sets one after another, each repeated until it has its share.
 
-    Without weights every item stands once. With weights each data set has its share of the items, and every item
-    stands at least once: the one that is largest for its weight is read once, the others are repeated.
+    Without weights every item comes once. With weights the data set that is largest relative to its weight comes once,
+    and the others are repeated.
     """
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float] | None = None):

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from transformers import set_seed
 
-from hmoe.costs import ForwardFlops, forward_flops
+from hmoe.costs import ForwardFlops, model_costs
 from hmoe.metrics import NextTokenMetrics, score_tokens
 
 from .budget import steps_for_budget
@@ -56,7 +56,7 @@ class Run:
         model = build_model(arguments.model, config)
         if arguments.lora.lora:
             model = add_lora(model, arguments.lora)
-        self._plan_steps(forward_flops(model, args.flops_convention))
+        self._plan_steps(model_costs(model).forward_flops(args.flops_convention))
         metrics: dict[str, Any] = {}
         if self.data.validation is not None:
             args.batch_eval_metrics = True

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from hmoe.sources import Source, check_columns, compile_separator, load_checkpoint
+from hmoe.sources import Source, check_columns, load_checkpoint
 
 from .arguments import DataOptions, ModelOptions, TokenizerOptions
 from .data import read_rows
-from .documents import Split, split_text
+from .documents import Split, compile_separator, split_text
 
 
 logger = logging.get_logger(__name__)

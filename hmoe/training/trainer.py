@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from hmoe.configuration_hmoe import is_hmoe
-from hmoe.costs import forward_flops
+from hmoe.costs import model_costs
 
 from .arguments import RunOptions
 from .budget import BudgetCallback
@@ -262,7 +262,7 @@ class HMoETrainer(Trainer):
         return answer[0]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        flops = forward_flops(self.model, self._option("flops_convention")) if self._counts else None
+        flops = model_costs(self.model).forward_flops(self._option("flops_convention")) if self._counts else None
         self._metrics, self._pending = RouterMetrics(flops), RouterWindow()
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._window_start, self._paused = time.perf_counter(), 0.0

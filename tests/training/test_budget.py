@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hmoe import HMoEConfig, HMoEForCausalLM
-from hmoe.costs import forward_flops
+from hmoe.costs import model_costs
 from hmoe.training.arguments import HMoETrainingArguments
 from hmoe.training.budget import BudgetCallback, steps_for_budget
 from hmoe.training.trainer import HMoETrainer
@@ -107,7 +107,7 @@ def test_a_budget_counts_batches_whose_labels_the_trainer_took_out(tmp_path):
 
 
 def test_planned_steps_cover_the_budget(tmp_path):
-    flops = forward_flops(hmoe())
+    flops = model_costs(hmoe()).forward_flops()
 
     def steps(**budgets) -> int:
         args = HMoETrainingArguments(
