@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig
 
-from hmoe.conversion.checkpoint import CheckpointWriter
+from hmoe.conversion.checkpoint import write_checkpoint
 
 
 # ru_maxrss of a child starts from its parent's memory, so the peak is read from the kernel's own count.
@@ -128,10 +128,8 @@ def write_mixtral(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
             experts = f"{prefix}.block_sparse_moe.experts.{expert}"
             shapes |= {f"{experts}.w1.weight": (width, hidden), f"{experts}.w3.weight": (width, hidden)}
             shapes[f"{experts}.w2.weight"] = (hidden, width)
-    with CheckpointWriter(folder, progress=False) as writer:
-        for name, shape in shapes.items():
-            writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02))
-    return writer.num_bytes, 2 * sum(SIZES) * hidden * 2
+    tensors = ((name, torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)) for name, shape in shapes.items())
+    return write_checkpoint(folder, tensors, progress=False), 2 * sum(SIZES) * hidden * 2
 
 
 if __name__ == "__main__":

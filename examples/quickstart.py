@@ -10,14 +10,13 @@ import argparse
 import json
 import math
 import os
-import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 # The model's own files are all that is needed: no step may wait for a hub that cannot be reached.
@@ -27,13 +26,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that spin while they wait make training several times slower where other processes use the cores too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
-from datasets import Dataset
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from offline_items import ItemsUnavailable, write_items
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from hmoe import HMoEConfig, HMoEForCausalLM, count_parameters, expert_sizes
+from hmoe.costs import inverse_size_load
+from hmoe.heat_map import draw_load
+from hmoe.routers import RouterTap, tokens_per_expert
+from hmoe.training.arguments import DataOptions
+from hmoe.training.data import TrainingData, build_data
+from hmoe.training.tokenizer import corpus_texts, train_tokenizer
 
 
 TEXT = Path(__file__).parent / "data" / "state_of_the_union.txt"
@@ -41,20 +47,15 @@ PROMPT = "My fellow Americans, the state of our"
 SEED = 0
 CONTEXT = 256
 VOCABULARY = 4096
-HELD_OUT_EVERY = 10
+HELD_OUT = 0.1  # share of the speeches
 BATCH = 4
 BENCHMARK_ITEMS = 100
 
-# Runs in an interpreter of its own that refuses to import hmoe: what loads there is the code saved with the model.
+# Runs in an interpreter of its own that cannot import hmoe: what loads there is the code saved with the model.
 RELOAD = """
-import json, sys, importlib.abc
+import json, sys
 
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hmoe":
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked)")
-
-sys.meta_path.insert(0, Refuse())
+sys.modules["hmoe"] = None  # from now on, importing it raises
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,7 +70,7 @@ output = model.generate(
     **inputs, max_new_tokens=48, do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.2,
     pad_token_id=tokenizer.pad_token_id,
 )
-assert not any(name.partition(".")[0] == "hmoe" for name in sys.modules)
+assert sys.modules["hmoe"] is None
 print("RESULT " + json.dumps({
     "class": f"{type(model).__module__}.{type(model).__name__}",
     "loss": loss,
@@ -78,70 +79,11 @@ print("RESULT " + json.dumps({
 """
 
 
-@dataclass
-class Score:
-    """One benchmark: accuracy, its standard error and chance level, all in [0, 1]."""
-
-    task: str
-    accuracy: float
-    stderr: float
-    chance: float
-    items: int
-
-
-@dataclass
-class Results:
-    steps: int
-    train_seconds: float
-    loss_before: float
-    loss_after: float
-    total_parameters: int
-    activated_parameters: float
-    expert_sizes: list[int]
-    load: list[list[float]]
-    activated_share: float
-    activated_share_equal_load: float
-    activated_share_inverse_size: float
-    reloaded_class: str
-    generated: str
-    scores: list[Score]
-    benchmark_note: str
-
-
 def announce(step: str) -> None:
     print(f"\n=== {step}", flush=True)
 
 
-def read_documents(path: Path) -> list[str]:
-    """The speeches of the sample; each stands under a line `=== name ===`."""
-    return [text.strip() for text in re.split(r"(?m)^=== \S+ ===\n", path.read_text(encoding="utf-8"))[1:]]
-
-
-def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(special.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, **special)
-
-
-def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Dataset:
-    """All documents in one stream, between bos and eos, in rows of `CONTEXT` tokens; the last part row is dropped."""
-    stream: list[int] = []
-    for ids in tokenizer(list(documents), verbose=False)["input_ids"]:
-        stream += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-    rows = [stream[start : start + CONTEXT] for start in range(0, len(stream) - CONTEXT + 1, CONTEXT)]
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast) -> HMoEForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerBase) -> HMoEForCausalLM:
     config = HMoEConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -160,9 +102,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> HMoEForCausalLM:
     return HMoEForCausalLM(config)
 
 
-def make_trainer(
-    model: HMoEForCausalLM, train: Dataset, held_out: Dataset, max_steps: int, output_dir: Path
-) -> Trainer:
+def make_trainer(model: HMoEForCausalLM, data: TrainingData, max_steps: int, output_dir: Path) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(output_dir / "trainer"),
         max_steps=max_steps,
@@ -176,42 +116,26 @@ def make_trainer(
         logging_steps=max(1, max_steps // 12),
         save_strategy="no",
         report_to="none",
-        disable_tqdm=False,
         dataloader_pin_memory=False,
         seed=SEED,
     )
-    return Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=default_data_collator,
-    )
+    return Trainer(model, arguments, data.collate, data.train, data.validation)
 
 
-def held_out_loss(trainer: Trainer) -> float:
-    """Mean cross-entropy of a held-out token, in nats, without router terms."""
-    return trainer.evaluate()["eval_loss"]
+def evaluate(trainer: Trainer, model: HMoEForCausalLM) -> tuple[float, list[list[float]]]:
+    """Mean cross-entropy of a held-out token, in nats, without router terms; and the load.
 
+    The load is, per layer, per expert, the share of held-out tokens that activate it; a layer sums to Top-K.
+    """
+    counts = [torch.zeros(len(sizes), dtype=torch.long) for sizes in model.config.layer_expert_sizes]
 
-@torch.no_grad()
-def measure_load(model: HMoEForCausalLM, data: Dataset) -> list[list[float]]:
-    """Per layer, per expert, the share of held-out tokens that activate it; a layer's shares sum to Top-K."""
-    model.eval()
-    layer_sizes = model.config.layer_expert_sizes
-    counts = [torch.zeros(len(sizes), dtype=torch.long) for sizes in layer_sizes]
-    for start in range(0, len(data), BATCH):
-        ids = torch.tensor(data[start : start + BATCH]["input_ids"], device=model.device)
-        outputs = model(input_ids=ids, output_router_logits=True)
-        for count, index in zip(counts, outputs.router_index, strict=True):  # index: [tokens, K]
-            count += torch.bincount(index.flatten().cpu(), minlength=len(count))
-    return [(count / (len(data) * CONTEXT)).tolist() for count in counts]
+    def count(layer: int, logits: torch.Tensor, index: torch.Tensor) -> None:
+        counts[layer] += tokens_per_expert(index, len(counts[layer])).cpu()
 
-
-def inverse_size_load(sizes: Sequence[int], top_k: int) -> list[float]:
-    """The load that the parameter penalty is indifferent to: proportional to 1 / size, summing to `top_k`."""
-    inverse = [1 / size for size in sizes]
-    return [top_k * value / sum(inverse) for value in inverse]
+    with RouterTap(model, count):
+        loss = trainer.evaluate()["eval_loss"]
+    top_k = model.config.num_experts_per_tok
+    return loss, [(top_k * count / count.sum()).tolist() for count in counts]
 
 
 def reload_and_generate(folder: Path, row: Sequence[int]) -> dict[str, str | float]:
@@ -225,7 +149,9 @@ def reload_and_generate(folder: Path, row: Sequence[int]) -> dict[str, str | flo
     return json.loads(line.removeprefix("RESULT "))
 
 
-def run_benchmarks(model: HMoEForCausalLM, tokenizer: PreTrainedTokenizerFast, items: Path) -> tuple[list[Score], str]:
+def run_benchmarks(
+    model: HMoEForCausalLM, tokenizer: PreTrainedTokenizerBase, items: Path
+) -> tuple[list[dict[str, Any]], str]:
     """lm_eval's accuracy on PIQA and ARC-Easy items, and a note, which says why where there are no scores."""
     try:
         write_items(items, ["piqa", "arc_easy"])
@@ -247,81 +173,72 @@ def run_benchmarks(model: HMoEForCausalLM, tokenizer: PreTrainedTokenizerFast, i
     scores = []
     for task, metrics in answer["results"].items():
         samples = answer["samples"][task]
-        chance = sum(1 / len(sample["resps"]) for sample in samples) / len(samples)
-        scores.append(Score(task, metrics["acc,none"], metrics["acc_stderr,none"], chance, len(samples)))
+        scores.append(
+            {
+                "task": task,
+                "accuracy": metrics["acc,none"],
+                "stderr": metrics["acc_stderr,none"],
+                "chance": sum(1 / len(sample["resps"]) for sample in samples) / len(samples),
+                "items": len(samples),
+            }
+        )
     return scores, f"first {BENCHMARK_ITEMS} items of each, 0-shot, through lm_eval"
 
 
-def print_table(results: Results) -> None:
+def print_table(results: dict[str, Any]) -> None:
     def row(name: str, value: str) -> None:
         print(f"  {name:<44}{value}")
 
+    def cells(name: str, values: Sequence[float], form: str) -> None:
+        print(f"  {name:<12}" + "".join(f"{value:>7{form}}" for value in values))
+
     announce("Results")
-    before, after = results.loss_before, results.loss_after
+    before, after = results["loss_before"], results["loss_after"]
     row("held-out loss, before -> after", f"{before:.3f} -> {after:.3f} nats/token")
     row("held-out perplexity, before -> after", f"{math.exp(before):,.0f} -> {math.exp(after):.1f}")
-    row("parameters, total", f"{results.total_parameters:,}")
-    row("parameters, activated per token (measured)", f"{results.activated_parameters:,.0f}")
-    row("activated share of the expert parameters", f"{results.activated_share:.1%}")
-    row("  if every expert had equal load", f"{results.activated_share_equal_load:.1%}")
-    row("  if load were proportional to 1 / size", f"{results.activated_share_inverse_size:.1%}")
+    row("parameters, total", f"{results['total_parameters']:,}")
+    row("parameters, activated per token (measured)", f"{results['activated_parameters']:,.0f}")
+    row("activated share of the expert parameters", f"{results['activated_share']:.1%}")
+    row("  if every expert had equal load", f"{results['activated_share_equal_load']:.1%}")
+    row("  if load were proportional to 1 / size", f"{results['activated_share_inverse_size']:.1%}")
     print("\n  Tokens that activate an expert, % of held-out tokens (a layer sums to 200)")
-    print("  " + "neurons".ljust(12) + "".join(f"{size:>7}" for size in results.expert_sizes))
-    for layer, shares in enumerate(results.load):
-        print("  " + f"layer {layer}".ljust(12) + "".join(f"{share:>7.1%}" for share in shares))
-    print("  " + "mean".ljust(12) + "".join(f"{share:>7.1%}" for share in mean_load(results.load)))
-    print(f"\n  Benchmarks: {results.benchmark_note}")
-    for score in results.scores:
-        row(f"  {score.task}", f"{score.accuracy:.1%} +- {score.stderr:.1%} (chance {score.chance:.1%})")
-    if results.scores:
+    cells("neurons", results["expert_sizes"], "")
+    for layer, shares in enumerate(results["load"]):
+        cells(f"layer {layer}", shares, ".1%")
+    cells("mean", np.mean(results["load"], axis=0), ".1%")
+    print(f"\n  Benchmarks: {results['benchmark_note']}")
+    for score in results["scores"]:
+        row(f"  {score['task']}", "{accuracy:.1%} +- {stderr:.1%} (chance {chance:.1%})".format(**score))
+    if results["scores"]:
         print(
             "  A model of this size, trained for minutes, is expected near chance: the point is that lm_eval runs it."
         )
-    print(f"\n  Generated after reloading as {results.reloaded_class}:\n  {results.generated!r}")
+    print(f"\n  Generated after reloading as {results['reloaded_class']}:\n  {results['generated']!r}")
 
 
-def mean_load(load: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) / len(column) for column in zip(*load, strict=True)]
+def draw(results: dict[str, Any], top_k: int, path: Path) -> None:
+    """The load by layer and expert, and its mean over layers beside the law that the parameter penalty drives to."""
+    sizes, load = results["expert_sizes"], results["load"]  # smallest expert first
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    image = draw_load(left, load, [sizes] * len(load))
+    left.set_title("Load per layer and expert")
+    figure.colorbar(image, ax=left, label="tokens that activate the expert", format=PercentFormatter(1))
 
-
-def draw_load(results: Results, top_k: int, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    sizes, load = results.expert_sizes, [[100 * share for share in row] for row in results.load]
-    order = sorted(range(len(sizes)), key=lambda expert: sizes[expert])
-    labels = [str(sizes[expert]) for expert in order]
-    ordered = [[row[expert] for expert in order] for row in load]
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    image = left.imshow(ordered, aspect="auto", cmap="cividis", vmin=0)
-    middle = image.norm.vmax / 2
-    for y, row in enumerate(ordered):
-        for x, value in enumerate(row):
-            left.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < middle else "black")
-    left.set_xticks(range(len(labels)), labels)
-    left.set_yticks(range(len(ordered)))
-    left.set(xlabel="expert size [neurons]", ylabel="layer", title="Load per layer and expert")
-    figure.colorbar(image, ax=left, label="tokens that activate the expert [%]")
-
-    positions = range(len(order))
-    means = [100 * share for share in mean_load(results.load)]
-    law = [100 * share for share in inverse_size_load(sizes, top_k)]
-    right.bar(positions, [means[expert] for expert in order], color="#0072B2", label="measured")
-    right.plot(positions, [law[expert] for expert in order], "o-", color="#E69F00", label="proportional to 1 / size")
-    right.axhline(100 * top_k / len(sizes), color="black", linestyle="--", label="equal load")
-    right.set_xticks(positions, labels)
+    positions = range(len(sizes))
+    right.bar(positions, np.mean(load, axis=0), color="#0072B2", label="measured")
+    right.plot(positions, inverse_size_load(sizes, top_k), "o-", color="#E69F00", label="proportional to 1 / size")
+    right.axhline(top_k / len(sizes), color="black", linestyle="--", label="equal load")
+    right.set_xticks(positions, map(str, sizes))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
     right.set(
         xlabel="expert size [neurons]",
-        ylabel="tokens that activate the expert [%]",
+        ylabel="tokens that activate the expert",
         title="Load by expert size, mean over layers",
     )
     right.legend(frameon=False)
-    figure.suptitle(f"HMoE, Top-{top_k} of {len(sizes)} experts, after {results.steps} steps (held-out text)")
+    figure.suptitle(f"HMoE, Top-{top_k} of {len(sizes)} experts, after {results['steps']} steps (held-out text)")
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def peak_memory_gib() -> float:
@@ -350,12 +267,17 @@ def main() -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
 
     announce("1/6 Tokenizer and data: presidents' speeches, held out by document")
-    documents = read_documents(TEXT)
-    train_documents = [text for number, text in enumerate(documents) if number % HELD_OUT_EVERY]
-    tokenizer = train_tokenizer(train_documents)
-    train, held_out = pack(train_documents, tokenizer), pack(documents[::HELD_OUT_EVERY], tokenizer)
-    print(f"{len(train_documents)} speeches to train on, {len(documents) - len(train_documents)} held out; ", end="")
-    print(f"{len(tokenizer)} tokens in the vocabulary; {len(train)} + {len(held_out)} rows of {CONTEXT} tokens")
+    options = DataOptions(
+        dataset=[str(TEXT)],
+        document_separator=r"^=== \S+ ===$",
+        validation_fraction=HELD_OUT,
+        data_cache_dir=str(output_dir / "data"),
+    )
+    tokenizer = train_tokenizer(corpus_texts(options, max_bytes=TEXT.stat().st_size), VOCABULARY)
+    data = build_data(options, tokenizer, CONTEXT)
+    speeches, held_out_speeches = (part.documents for part in data.parts)
+    print(f"{speeches} speeches to train on, {held_out_speeches} held out; {len(tokenizer)} tokens in the vocabulary;")
+    print(f"{len(data.train)} + {len(data.validation)} rows of {CONTEXT} tokens")
 
     announce("2/6 Model: 8 experts of arithmetic sizes, Top-2, parameter penalty 0.1")
     model = make_model(tokenizer)
@@ -364,13 +286,12 @@ def main() -> None:
     print(f"experts of {sizes} neurons, {count_parameters(config).total:,} parameters")
 
     announce(f"3/6 Training with transformers.Trainer, {arguments.max_steps} steps of {BATCH * CONTEXT:,} tokens")
-    trainer = make_trainer(model, train, held_out, arguments.max_steps, output_dir)
-    loss_before = held_out_loss(trainer)
+    trainer = make_trainer(model, data, arguments.max_steps, output_dir)
+    loss_before, _ = evaluate(trainer, model)
     train_start = time.time()
     trainer.train()
     train_seconds = time.time() - train_start
-    loss_after = held_out_loss(trainer)
-    load = measure_load(model, held_out)
+    loss_after, load = evaluate(trainer, model)
 
     announce(f"4/6 Saving to {model_dir}")
     model.save_pretrained(model_dir)
@@ -378,44 +299,43 @@ def main() -> None:
     print("\n".join(sorted(f"  {path.name}" for path in model_dir.iterdir())))
 
     announce("5/6 Reloading in a fresh process that cannot import hmoe (trust_remote_code=True)")
-    row = held_out[0]["input_ids"]
-    reloaded = reload_and_generate(model_dir, row)
-    ids = torch.tensor([row], device=model.device)
+    row = data.validation[0]["input_ids"]
+    reloaded = reload_and_generate(model_dir, row.tolist())
+    ids = row[None].to(model.device)
     with torch.no_grad():
         loss_here = model(input_ids=ids, labels=ids).loss.item()
     print(f"loss on one held-out row: {loss_here:.6f} here, {reloaded['loss']:.6f} there")
     if abs(loss_here - float(reloaded["loss"])) > 1e-4:
         raise RuntimeError("the reloaded model does not compute what was saved")
 
-    scores: list[Score] = []
-    note = "left out (--no_benchmark)"
+    scores, note = [], "left out (--no_benchmark)"
     if not arguments.no_benchmark:
         announce(f"6/6 lm_eval: PIQA and ARC-Easy, {BENCHMARK_ITEMS} items each")
         scores, note = run_benchmarks(model, tokenizer, output_dir / "items")
 
     inverse = [inverse_size_load(layer_sizes, config.num_experts_per_tok) for layer_sizes in config.layer_expert_sizes]
     measured = count_parameters(config, load=load)
-    results = Results(
-        steps=arguments.max_steps,
-        train_seconds=train_seconds,
-        loss_before=loss_before,
-        loss_after=loss_after,
-        total_parameters=measured.total,
-        activated_parameters=measured.activated,
-        expert_sizes=sizes,
-        load=load,
-        activated_share=measured.activated_ratio,
-        activated_share_equal_load=count_parameters(config).activated_ratio,
-        activated_share_inverse_size=count_parameters(config, load=inverse).activated_ratio,
-        reloaded_class=str(reloaded["class"]),
-        generated=str(reloaded["text"]),
-        scores=scores,
-        benchmark_note=note,
-    )
+    results = {
+        "steps": arguments.max_steps,
+        "train_seconds": train_seconds,
+        "loss_before": loss_before,
+        "loss_after": loss_after,
+        "total_parameters": measured.total,
+        "activated_parameters": measured.activated,
+        "expert_sizes": sizes,
+        "load": load,
+        "activated_share": measured.activated_ratio,
+        "activated_share_equal_load": count_parameters(config).activated_ratio,
+        "activated_share_inverse_size": count_parameters(config, load=inverse).activated_ratio,
+        "reloaded_class": reloaded["class"],
+        "generated": reloaded["text"],
+        "scores": scores,
+        "benchmark_note": note,
+    }
     print_table(results)
-    draw_load(results, config.num_experts_per_tok, output_dir / "load_per_expert.png")
+    draw(results, config.num_experts_per_tok, output_dir / "load_per_expert.png")
     seconds, peak = time.time() - start, peak_memory_gib()
-    record = {**asdict(results), "seconds": seconds, "peak_memory_gib": peak}
+    record = {**results, "seconds": seconds, "peak_memory_gib": peak}
     (output_dir / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"\n  {output_dir / 'load_per_expert.png'}, {output_dir / 'results.json'}")
     print(f"  {seconds / 60:.1f} minutes, of which {train_seconds / 60:.1f} training; peak memory {peak:.1f} GiB")

@@ -7,6 +7,7 @@ Everything here is arithmetic on a config; no tensor is made. Papers: HMoE (arXi
 import copy
 import math
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -32,6 +33,11 @@ _FOREIGN_FIELDS = {
     name: "give one size per expert in `expert_intermediate_sizes`, such as expert_sizes('uniform', 8, total=12288)"
     for name in ("num_experts", "num_local_experts", "intermediate_size", "moe_intermediate_size")
 }
+# Fields that are None or at least one.
+_COUNTS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("max_position_embeddings", "sliding_window", "expert_tile_size", "num_experts_per_tok", "max_experts_per_tok"),
+)
 
 
 @strict
@@ -155,21 +161,13 @@ class HMoEConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raises ValueError, with field, value and remedy, if any field cannot be; also after later assignments."""
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+        self._check_numbers()
         self._check_architecture()
         self._check_rope()
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.expert_tile_size is None:
-            self.expert_tile_size = math.gcd(*(size for sizes in self.layer_expert_sizes for size in sizes))
-        self._check_experts()
+        self._check_sizes()
         self._check_routing()
-        self._check_losses()
 
-    # Transformers runs every method named validate_... when it saves a config.
-    def validate_hmoe(self):
-        self.check()
+    validate_hmoe = check  # Transformers runs every method of such a name when it saves a config
 
     def validate_rope(self):
         try:
@@ -190,45 +188,51 @@ class HMoEConfig(PreTrainedConfig):
             if nearest := get_close_matches(name, fields, n=1, cutoff=0.8):
                 raise ValueError(f"HMoEConfig has no `{name}` (got {kwargs[name]!r}): did you mean `{nearest[0]}`?")
 
+    def _check_numbers(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value!r}")
+        for name in ("rms_norm_eps", "initializer_range", "router_aux_loss_coef", *self.router_loss_coefs_by_field):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                remedy = "; 0 turns the term off" if name.endswith("_coef") else ""
+                raise ValueError(f"`{name}` must be finite and not negative, got {value!r}{remedy}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` must be in [0, 1), got {self.attention_dropout!r}")
+        if not 0 < self.router_top_p <= 1:
+            raise ValueError(f"`router_top_p` must be in (0, 1], got {self.router_top_p!r}; the paper uses 0.6")
+
     def _check_architecture(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-            _check_positive(name, getattr(self, name))
-        for name in ("head_dim", "sliding_window", "max_position_embeddings"):
-            if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads`={self.num_attention_heads} must be a multiple of "
                 f"`num_key_value_heads`={self.num_key_value_heads}"
             )
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size`={self.hidden_size} is not divisible by "
-                f"`num_attention_heads`={self.num_attention_heads}: "
-                "give `head_dim`, or change one of them"
-            )
-        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if head_dim % 2:
-            raise ValueError(f"`head_dim`={head_dim} must be even: rotary embeddings turn its values in pairs")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"`attention_dropout` must be in [0, 1), got {self.attention_dropout!r}")
-        for name in ("rms_norm_eps", "initializer_range"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"`{name}` must be finite and not negative, got {getattr(self, name)!r}")
-        self._check_sizes()
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"`hidden_size`={self.hidden_size} is not divisible by "
+                    f"`num_attention_heads`={self.num_attention_heads}: give `head_dim`, or change one of them"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim`={self.head_dim} must be even: rotary embeddings turn its values in pairs")
 
     def _check_rope(self) -> None:
-        rope = self.rope_parameters
+        rope, types = self.rope_parameters, ["default", *ROPE_INIT_FUNCTIONS]
         if not isinstance(rope, dict) or not {"rope_type", "rope_theta"} <= rope.keys():
             raise ValueError(f"`rope_parameters` needs `rope_type` and `rope_theta`, got {rope!r}")
-        if rope["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
-            choices = ["default", *ROPE_INIT_FUNCTIONS]
-            raise ValueError(f"`rope_parameters['rope_type']` must be one of {choices}, got {rope['rope_type']!r}")
+        if rope["rope_type"] not in types:
+            raise ValueError(f"`rope_parameters['rope_type']` must be one of {types}, got {rope['rope_type']!r}")
         for name in ("rope_theta", "factor"):
-            if name in rope and not (_is_number(rope[name]) and 0 < rope[name] < math.inf):
-                raise ValueError(f"`rope_parameters['{name}']` must be a positive number, got {rope[name]!r}")
+            value = rope.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"`rope_parameters['{name}']` must be a positive number, got {value!r}")
 
     def _check_sizes(self) -> None:
         sizes = self.expert_intermediate_sizes
@@ -236,10 +240,10 @@ class HMoEConfig(PreTrainedConfig):
             raise ValueError(f"`expert_intermediate_sizes` must name at least one expert, got {sizes!r}")
         if isinstance(sizes[0], list) and len(sizes) != self.num_hidden_layers:
             raise ValueError(
-                f"`expert_intermediate_sizes` has {len(sizes)} lists for "
-                f"`num_hidden_layers`={self.num_hidden_layers}: "
-                "give one list per layer, or one list of sizes for all layers"
+                f"`expert_intermediate_sizes` has {len(sizes)} lists for `num_hidden_layers`="
+                f"{self.num_hidden_layers}: give one list per layer, or one list of sizes for all layers"
             )
+        largest_tile = math.gcd(*chain(*self.layer_expert_sizes))
         for layer, layer_sizes in enumerate(self.layer_expert_sizes):
             if not layer_sizes:
                 raise ValueError(f"`expert_intermediate_sizes[{layer}]` must name at least one expert, got []")
@@ -249,47 +253,32 @@ class HMoEConfig(PreTrainedConfig):
                         f"`expert_intermediate_sizes`: expert {expert} of layer {layer} has size {size}; "
                         "every expert needs at least one neuron"
                     )
-
-    def _check_experts(self) -> None:
-        _check_positive("expert_tile_size", self.expert_tile_size)
-        for layer, sizes in enumerate(self.layer_expert_sizes):
-            for expert, size in enumerate(sizes):
-                if size % self.expert_tile_size:
-                    common = math.gcd(*(size for sizes in self.layer_expert_sizes for size in sizes))
+                if self.expert_tile_size is not None and size % self.expert_tile_size:
                     raise ValueError(
                         f"`expert_tile_size`={self.expert_tile_size} does not divide size {size} of expert {expert} "
-                        f"in layer {layer}: use a divisor of {common}, or None for {common} itself"
+                        f"in layer {layer}: use a divisor of {largest_tile}, or None for {largest_tile} itself"
                     )
+        if self.expert_tile_size is None:
+            self.expert_tile_size = largest_tile
 
     def _check_routing(self) -> None:
-        _check_positive("num_experts_per_tok", self.num_experts_per_tok)
         fewest = min(len(sizes) for sizes in self.layer_expert_sizes)
         if self.routing == "top_k" and self.num_experts_per_tok > fewest:
             raise ValueError(
                 f"`num_experts_per_tok`={self.num_experts_per_tok} is more than the {fewest} experts of a layer: "
                 f"lower it to {fewest} or less, or add experts to `expert_intermediate_sizes`"
             )
-        if not 0 < self.router_top_p <= 1:
-            raise ValueError(f"`router_top_p` must be in (0, 1], got {self.router_top_p!r}; the paper uses 0.6")
-        if self.max_experts_per_tok is not None:
-            _check_positive("max_experts_per_tok", self.max_experts_per_tok)
-            if self.max_experts_per_tok > fewest:
-                raise ValueError(
-                    f"`max_experts_per_tok`={self.max_experts_per_tok} is more than the {fewest} experts of a layer: "
-                    "lower it, or leave it None for no cap"
-                )
+        if self.max_experts_per_tok is not None and self.max_experts_per_tok > fewest:
+            raise ValueError(
+                f"`max_experts_per_tok`={self.max_experts_per_tok} is more than the {fewest} experts of a layer: "
+                "lower it, or leave it None for no cap"
+            )
         if self.router_type == "modse" and not (self.routing == "top_k" and self.norm_topk_prob):
             raise ValueError(
                 f"`router_type`='modse' is defined for `routing`='top_k' with `norm_topk_prob`=True (MoDSE Eq. 1), "
                 f"got `routing`={self.routing!r}, `norm_topk_prob`={self.norm_topk_prob}: change these, or use "
-                f"'linear'"
+                "'linear'"
             )
-
-    def _check_losses(self) -> None:
-        for name in ("router_aux_loss_coef", *self.router_loss_coefs_by_field):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` must be finite and not negative, got {value!r}; 0 turns the term off")
 
     @property
     def layer_expert_sizes(self) -> list[list[int]]:
@@ -341,9 +330,7 @@ class HMoEConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         if not config_dict:
             # Transformers gives an empty dict for a folder that has no config.json.
-            raise ValueError(
-                "no config.json found, or it is empty: an HMoE checkpoint needs the one it was saved with"
-            )
+            raise ValueError("no config.json found, or it is empty: a checkpoint needs the one it was saved with")
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -361,12 +348,3 @@ class HMoEConfig(PreTrainedConfig):
 def is_hmoe(config: Any) -> bool:
     """Whether a config is of an HMoE model. The class that a checkpoint's own code defines is not [`HMoEConfig`]."""
     return config.model_type == HMoEConfig.model_type
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

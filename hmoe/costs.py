@@ -39,9 +39,6 @@ from hmoe.routers import RoutedLayer, routed_layers, shape_of, text_config
 CONVENTIONS = ("matmul", "6nd")
 # Backward computes two products, for inputs and for weights, where forward computes one.
 TRAIN_FACTOR = 3
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Weight, gradient and the two moments of AdamW; autocast keeps all of them in float32.
-TRAIN_STATE_BYTES_PER_PARAMETER = 16
 PARTS = ("embedding", "attention", "norms", "router", "ffn", "adapters", "unrouted")
 # Per MoE layer, per expert, the share of tokens that activate it; a layer sums to its experts per token.
 Load = Sequence[Sequence[float]]
@@ -59,7 +56,7 @@ _KNOWN_PARAMETERS = re.compile(
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of a forward pass by their cause; [`forward_flops`] makes it from a model.
+    """FLOPs of a forward pass by their cause; [`ModelCosts.forward_flops`] makes it.
 
     Attributes:
         per_token: of every token, whatever its routing.
@@ -74,13 +71,6 @@ class ForwardFlops:
     window: int | None
     per_expert: list[list[int]]
     experts_per_token: int | None
-
-    @property
-    def depends_on_load(self) -> bool:
-        """Whether routing changes the FLOPs: experts of different sizes, or Top-P."""
-        return any(len(set(row)) > 1 for row in self.per_expert) or (
-            bool(self.per_expert) and self.experts_per_token is None
-        )
 
     def shared(self, num_tokens: int, length: int) -> int:
         """Of everything but the experts, for `num_tokens` tokens in sequences of `length`."""
@@ -227,11 +217,6 @@ def moe_costs(model: nn.Module) -> ModelCosts:
     return costs
 
 
-def forward_flops(model: nn.Module, convention: str = "matmul") -> ForwardFlops:
-    """What a forward pass of a model costs: [`ModelCosts.forward_flops`]."""
-    return model_costs(model).forward_flops(convention)
-
-
 @lru_cache(maxsize=64)
 def _costs_of_config(text: str) -> ModelCosts:
     fields = json.loads(text)
@@ -370,15 +355,12 @@ def equal_load(rows: Sequence[Sequence[Any]], experts_per_token: float) -> list[
 
 def inverse_size_load(sizes: Sequence[int], experts_per_token: float) -> list[float]:
     """Shares of tokens proportional to 1 / size that sum to `experts_per_token`; no share above 1."""
-    load = [0.0] * len(sizes)
-    free, remaining = list(range(len(sizes))), experts_per_token
-    while free:
-        total = sum(1 / sizes[expert] for expert in free)
-        full = [expert for expert in free if remaining / sizes[expert] / total > 1]
-        for expert in full or free:
-            load[expert] = 1.0 if full else remaining / sizes[expert] / total
-        remaining -= len(full)
-        free = [expert for expert in free if expert not in full] if full else []
+    load, remaining = [0.0] * len(sizes), experts_per_token
+    smallest_first = sorted(range(len(sizes)), key=lambda expert: sizes[expert])
+    for place, expert in enumerate(smallest_first):
+        inverses = sum(1 / sizes[other] for other in smallest_first[place:])
+        load[expert] = min(remaining / (sizes[expert] * inverses), 1.0)
+        remaining -= load[expert]
     return load
 
 
@@ -443,3 +425,13 @@ def count_parameters(config: Any, load: Load | None = None) -> ParameterCounts:
         activated_min=fewest,
         activated_max=most,
     )
+
+
+def abbreviated(count: float | None) -> str:
+    """A count for people, such as `4.173 M`; `-` for None."""
+    if count is None:
+        return "-"
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.4g} {unit}"
+    return f"{count:.4g}"

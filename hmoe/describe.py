@@ -11,67 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from hmoe.configuration_hmoe import HMoEConfig, is_hmoe
-from hmoe.costs import (
-    BYTES,
-    TRAIN_FACTOR,
-    TRAIN_STATE_BYTES_PER_PARAMETER,
-    ModelCosts,
-    equal_load,
-    inverse_size_load,
-    model_costs,
-)
+from hmoe.costs import TRAIN_FACTOR, ModelCosts, abbreviated, equal_load, inverse_size_load, model_costs
 from hmoe.placement import describe_placement
 from hmoe.presets import PRESETS
 from hmoe.sources import load_checkpoint
 
 
-@dataclass(frozen=True)
-class Description:
-    """Sizes and costs of one model; [`describe`] makes it.
-
-    Attributes:
-        layer_sizes: neurons of the experts, per layer that has some.
-        tile_size, num_tiles: neurons of a tile; tiles of a layer, per layer; None and empty for other types than HMoE.
-        routing: `top_k`, `top_p` or `dense`.
-        parameters, expert_parameters: all of them; those of experts.
-        activated, activated_min, activated_max: parameters one token uses: at equal load, the least, the most.
-        activated_inverse_size: at a load proportional to 1 / size, where the parameter penalty (HMoE Eq. 4) pulls.
-        activated_ratio, activated_ratio_inverse_size: the same as shares of the expert parameters (HMoE Table 2).
-        experts_per_token: assumed for the above; with Top-P it depends on the data.
-        flops_per_token: forward, at equal load, mean over the positions of the context taken as full; a multiply and
-            an add are two; embedding look-ups and norms are none, masked attention scores count.
-        weight_bytes, kv_cache_bytes: at inference.
-        train_state_bytes: float32 weights, gradients and AdamW moments.
-        activation_bytes: kept for backward in float32 by one micro-batch, without and with gradient checkpointing; an
-            estimate, without allocator overhead and temporary buffers.
-    """
-
-    layer_sizes: list[list[int]]
-    tile_size: int | None
-    num_tiles: list[int]
-    routing: str
-    experts_per_token: float
-    parameters: int
-    expert_parameters: int
-    activated: float
-    activated_min: int
-    activated_max: int
-    activated_inverse_size: float
-    activated_ratio: float
-    activated_ratio_inverse_size: float
-    flops_per_token: float
-    weight_bytes: int
-    kv_cache_bytes: int
-    train_state_bytes: int
-    activation_bytes: int
-    activation_bytes_checkpointing: int
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Weight, gradient and the two moments of AdamW; autocast keeps all of them in float32.
+TRAIN_STATE_BYTES_PER_PARAMETER = 16
 
 
 def describe(
@@ -81,8 +36,24 @@ def describe(
     batch_size: int = 1,
     dtype: str = "bfloat16",
     experts_per_token: float | None = None,
-) -> Description:
+) -> dict[str, Any]:
     """Sizes, parameters, FLOPs and memory of the causal language model of a config, by counting.
+
+    | entry | meaning |
+    |---|---|
+    | `layer_sizes` | neurons of the experts, per layer that has some |
+    | `tile_size`, `num_tiles` | neurons of a tile; tiles per layer; None and empty for other types than HMoE |
+    | `routing` | `top_k`, `top_p` or `dense` |
+    | `experts_per_token` | assumed for what follows; with Top-P it depends on the data |
+    | `parameters`, `expert_parameters` | all of them; those of experts |
+    | `activated`, `activated_min`, `activated_max` | parameters one token uses: at equal load, the least, the most |
+    | `activated_inverse_size` | at a load ~ 1 / size, where the parameter penalty (HMoE Eq. 4) pulls |
+    | `activated_ratio`, `activated_ratio_inverse_size` | as shares of the expert parameters (HMoE Table 2) |
+    | `flops_per_token` | forward, at equal load and full context, by the `"matmul"` convention of `hmoe.costs` |
+    | `weight_bytes`, `kv_cache_bytes` | at inference |
+    | `train_state_bytes` | float32 weights, gradients and AdamW moments |
+    | `activation_bytes`, `activation_bytes_checkpointing` | kept for backward in float32 by one micro-batch, without |
+    | | and with gradient checkpointing; an estimate, without allocator overhead and temporary buffers |
 
     Args:
         context: tokens per sequence; default `max_position_embeddings`.
@@ -105,27 +76,27 @@ def describe(
     least, most = costs.activated_bounds()
     activations = costs.activation_elements(batch_size * context, per_token)
     tile = getattr(config, "expert_tile_size", None)
-    return Description(
-        layer_sizes=costs.sizes,
-        tile_size=tile,
-        num_tiles=[sum(sizes) // tile for sizes in costs.sizes] if tile else [],
-        routing=costs.routing,
-        experts_per_token=per_token,
-        parameters=costs.parameters,
-        expert_parameters=sum(map(sum, costs.expert_parameters)),
-        activated=costs.activated_parameters(load),
-        activated_min=least,
-        activated_max=most,
-        activated_inverse_size=costs.activated_parameters(inverse),
-        activated_ratio=costs.activated_ratio(load),
-        activated_ratio_inverse_size=costs.activated_ratio(inverse),
-        flops_per_token=costs.forward_flops().count(1, context, load),
-        weight_bytes=costs.parameters * BYTES[dtype],
-        kv_cache_bytes=costs.cache_elements(context) * batch_size * BYTES[dtype],
-        train_state_bytes=costs.parameters * TRAIN_STATE_BYTES_PER_PARAMETER,
-        activation_bytes=4 * activations[0],
-        activation_bytes_checkpointing=4 * activations[1],
-    )
+    return {
+        "layer_sizes": costs.sizes,
+        "tile_size": tile,
+        "num_tiles": [sum(sizes) // tile for sizes in costs.sizes] if tile else [],
+        "routing": costs.routing,
+        "experts_per_token": per_token,
+        "parameters": costs.parameters,
+        "expert_parameters": sum(map(sum, costs.expert_parameters)),
+        "activated": costs.activated_parameters(load),
+        "activated_min": least,
+        "activated_max": most,
+        "activated_inverse_size": costs.activated_parameters(inverse),
+        "activated_ratio": costs.activated_ratio(load),
+        "activated_ratio_inverse_size": costs.activated_ratio(inverse),
+        "flops_per_token": costs.forward_flops().count(1, context, load),
+        "weight_bytes": costs.parameters * BYTES[dtype],
+        "kv_cache_bytes": costs.cache_elements(context) * batch_size * BYTES[dtype],
+        "train_state_bytes": costs.parameters * TRAIN_STATE_BYTES_PER_PARAMETER,
+        "activation_bytes": 4 * activations[0],
+        "activation_bytes_checkpointing": 4 * activations[1],
+    }
 
 
 def _check_arguments(
@@ -193,21 +164,13 @@ def _config_of_recipe(path: Path) -> Any:
 def report(config: Any, **options: Any) -> dict[str, Any]:
     """The description of a model and of its homogeneous twin, as plain numbers; `twin` is None where they are one, and
     for other types than HMoE, whose experts have one size."""
-    if not is_hmoe(config):
-        return {"model": asdict(describe(config, **options)), "twin": None}
-    twin = homogeneous_twin(config)
-    same = twin.layer_expert_sizes == config.layer_expert_sizes
+    twin = homogeneous_twin(config) if is_hmoe(config) else None
+    if twin is not None and twin.layer_expert_sizes == config.layer_expert_sizes:
+        twin = None
     return {
-        "model": asdict(describe(config, **options)),
-        "twin": None if same else asdict(describe(twin, **options)),
+        "model": describe(config, **options),
+        "twin": None if twin is None else describe(twin, **options),
     }
-
-
-def _count(value: float) -> str:
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.4g} {unit}"
-    return f"{value:.4g}"
 
 
 def _bytes(value: float) -> str:
@@ -224,8 +187,8 @@ def _layers_text(layers: list[Any]) -> str:
 def _rows(item: dict[str, Any]) -> dict[str, str]:
     assumed = " assumed" if item["routing"] == "top_p" else ""
     costs = {
-        "forward FLOPs per token": _count(item["flops_per_token"]),
-        "training FLOPs per token": _count(TRAIN_FACTOR * item["flops_per_token"]),
+        "forward FLOPs per token": abbreviated(item["flops_per_token"]),
+        "training FLOPs per token": abbreviated(TRAIN_FACTOR * item["flops_per_token"]),
         "inference: weights": _bytes(item["weight_bytes"]),
         "inference: KV cache": _bytes(item["kv_cache_bytes"]),
         "training: weights, gradients, AdamW": _bytes(item["train_state_bytes"]),
@@ -233,35 +196,33 @@ def _rows(item: dict[str, Any]) -> dict[str, str]:
         "  with gradient checkpointing": _bytes(item["activation_bytes_checkpointing"]),
     }
     if item["routing"] == "dense":
-        return {"parameters, all activated": _count(item["parameters"]), **costs}
+        return {"parameters, all activated": abbreviated(item["parameters"]), **costs}
     tiles = {}
     if item["tile_size"]:
         tiles["tile size [neurons]"] = str(item["tile_size"])
         tiles["tiles per layer"] = _layers_text(item["num_tiles"])
+    used, used_inverse = abbreviated(item["activated"]), abbreviated(item["activated_inverse_size"])
     return {
         "expert sizes [neurons]": _layers_text(item["layer_sizes"]),
         "total width [neurons]": _layers_text([sum(sizes) for sizes in item["layer_sizes"]]),
         **tiles,
         "routing": f"{item['routing']}, {item['experts_per_token']:g} experts per token{assumed}",
-        "parameters": _count(item["parameters"]),
-        "  of experts": _count(item["expert_parameters"]),
-        "activated per token, equal load": f"{_count(item['activated'])} ({item['activated_ratio']:.1%} of experts)",
-        "  load ~ 1 / size": f"{_count(item['activated_inverse_size'])} ({item['activated_ratio_inverse_size']:.1%})",
-        "  least .. most": f"{_count(item['activated_min'])} .. {_count(item['activated_max'])}",
+        "parameters": abbreviated(item["parameters"]),
+        "  of experts": abbreviated(item["expert_parameters"]),
+        "activated per token, equal load": f"{used} ({item['activated_ratio']:.1%} of experts)",
+        "  load ~ 1 / size": f"{used_inverse} ({item['activated_ratio_inverse_size']:.1%})",
+        "  least .. most": f"{abbreviated(item['activated_min'])} .. {abbreviated(item['activated_max'])}",
         **costs,
     }
 
 
 def format_report(result: dict[str, Any], name: str, conditions: str) -> str:
     """The table that `hmoe describe` prints."""
-    columns = [_rows(result["model"])] + ([_rows(result["twin"])] if result["twin"] else [])
-    names = [name] + (["homogeneous twin"] if result["twin"] else [])
-    widths = [max(len(text) for text in [title, *column.values()]) for title, column in zip(names, columns)]
-    label_width = max(map(len, columns[0]))
-    lines = [" " * label_width + "".join(f"  {title:<{width}}" for title, width in zip(names, widths))]
-    for label in columns[0]:
-        cells = "".join(f"  {column[label]:<{width}}" for column, width in zip(columns, widths))
-        lines.append(f"{label:<{label_width}}{cells}")
+    tables = [_rows(item) for item in (result["model"], result["twin"]) if item]
+    columns = [["", *tables[0]]]
+    columns += [[title, *table.values()] for title, table in zip((name, "homogeneous twin"), tables)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  ".join(map(str.ljust, row, widths)) for row in zip(*columns)]
     lines += ["", conditions]
     if result["twin"] is None and result["model"]["routing"] != "dense":
         lines.append("All experts of a layer have one size: the model is its own homogeneous twin.")
@@ -291,25 +252,20 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `hmoe describe ...`; returns the exit status."""
     args = _parser().parse_args(argv)
     config = load_config(args.model)
-    result = report(
-        config,
-        context=args.context,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        experts_per_token=args.experts_per_token,
-    )
-    context = config.max_position_embeddings if args.context is None else args.context
+    conditions = {"context": args.context, "batch_size": args.batch_size, "dtype": args.dtype}
+    result = report(config, **conditions, experts_per_token=args.experts_per_token)
+    if args.context is None:
+        conditions["context"] = config.max_position_embeddings
     if args.num_ranks is not None and not is_hmoe(config):
         raise ValueError(f"--num_ranks is for HMoE, and this is {config.model_type!r}: see `hmoe convert`")
     placement = None if args.num_ranks is None else describe_placement(config, args.num_ranks)
-    conditions = {"context": context, "batch_size": args.batch_size, "dtype": args.dtype}
     if args.json:
         answer = {"name": args.model, **conditions, **result}
         print(json.dumps(answer if placement is None else {**answer, "placement": placement.splitlines()}, indent=2))
         return 0
     text = (
-        f"At {args.batch_size} x {context} tokens; inference in {args.dtype}, training states in float32. A multiply "
-        "and an add are two FLOPs."
+        f"At {args.batch_size} x {conditions['context']} tokens; inference in {args.dtype}, training states in "
+        "float32. A multiply and an add are two FLOPs."
     )
     print(format_report(result, args.model, text))
     if placement is not None:

@@ -89,9 +89,13 @@ class _TileBank:
 
 def batched_mm_forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Stock `batched_mm` on tile ids: gathers the weights of every (token, tile), for short decoding steps."""
-    tiles_of_expert = self.tiles_of_expert(hidden_states.device)  # [E + 1, n], padded with the id N
+    num_tiles = self.tile_offsets[-1]
+    runs = [list(range(start, end)) for start, end in zip(self.tile_offsets, self.tile_offsets[1:])] + [[]]
+    most = max(map(len, runs))
+    padded = [run + [num_tiles] * (most - len(run)) for run in runs]
+    tiles_of_expert = torch.tensor(padded, device=hidden_states.device)  # [E + 1, n], the last of unused slots
     tile_index = tiles_of_expert[top_k_index.clamp(max=len(tiles_of_expert) - 1)]  # [T, K, n]
-    used = tile_index < self.gate_up_proj.shape[0]
+    used = tile_index < num_tiles
     tile_weights = torch.where(used, top_k_weights.unsqueeze(-1), 0)  # [T, K, n]
     return batched_mm_experts_forward(_TileBank(self), hidden_states, tile_index.flatten(1), tile_weights.flatten(1))
 
@@ -115,23 +119,25 @@ class HMoEExpertsInterface(ExpertsInterface):
 EXPERTS_IMPLEMENTATIONS = ("eager", *HMoEExpertsInterface._global_mapping)
 
 
-def default_experts_implementation() -> str:
-    """`triton` on a GPU that it was tuned on, else `grouped_mm`."""
-    return "triton" if is_tuned() else "grouped_mm"
+def choose_experts_implementation(requested: str | None) -> str:
+    """The backend asked for; by default `triton` on a GPU that it was tuned on, else `grouped_mm`.
 
-
-def check_experts_implementation(name: str) -> None:
-    """Raises ValueError if there is no backend of this name, or no longer."""
-    if name == "tiled_grouped_mm":
+    Raises:
+        ValueError: there is no backend of this name, or no longer.
+    """
+    if requested is None:
+        return "triton" if is_tuned() else "grouped_mm"
+    if requested == "tiled_grouped_mm":
         raise ValueError(
             "`experts_implementation`='tiled_grouped_mm' was removed, because 'grouped_mm' was faster in every "
             "measurement and computes the same: use 'grouped_mm'"
         )
-    if name not in EXPERTS_IMPLEMENTATIONS:
+    if requested not in EXPERTS_IMPLEMENTATIONS:
         raise ValueError(
-            f"`experts_implementation`={name!r} does not exist for experts of different sizes: "
+            f"`experts_implementation`={requested!r} does not exist for experts of different sizes: "
             f"use one of {list(EXPERTS_IMPLEMENTATIONS)}"
         )
+    return requested
 
 
 @use_experts_implementation(experts_interface=HMoEExpertsInterface())
@@ -154,18 +160,6 @@ class HMoEExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return eager_forward(self, hidden_states, top_k_index, top_k_weights)
-
-    def expert_sizes(self) -> list[int]:
-        """Neurons of each expert held here (a tensor-parallel rank holds a part of every tile)."""
-        tile = self.down_proj.shape[1]
-        return [tile * (end - start) for start, end in zip(self.tile_offsets, self.tile_offsets[1:])]
-
-    def tiles_of_expert(self, device: torch.device) -> Tensor:
-        """[E + 1, n]: tile ids of each expert and, last, of the unused slot, padded with the id N."""
-        num_tiles = self.tile_offsets[-1]
-        runs = [list(range(start, end)) for start, end in zip(self.tile_offsets, self.tile_offsets[1:])] + [[]]
-        most = max(map(len, runs))
-        return torch.tensor([run + [num_tiles] * (most - len(run)) for run in runs], device=device)
 
     def extra_repr(self) -> str:
         # Shapes are printed whole: DeepSpeed ZeRO-3 prints the model while its parameters are empty, of shape [0].

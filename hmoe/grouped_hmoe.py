@@ -381,18 +381,20 @@ def _through_neurons(
 
 def _weigh_rows(products: Tensor, weighted: Sequence[Tensor], weights: Tensor, groups: list[Group]) -> Tensor:
     """Multiplies the rows of neurons in `weighted` by their weights [rows], in place; sums `products` by row."""
-    dtype, num_neurons = _accumulator_dtype(products), products.numel()
+    dtype = _accumulator_dtype(products)
     if len(groups) == 1:  # all rows have the same width
+        sums = products.view(len(weights), -1).sum(1, dtype=dtype)
         for neurons in weighted:
             neurons.view(len(weights), -1).mul_(weights.unsqueeze(1))
-        return products.view(len(weights), -1).sum(1, dtype=dtype)
+        return sums
     # Neurons of each row: made on the CPU, or a GPU would be waited for.
     rows_of_group = torch.tensor([group.total_rows for group in groups])
     lengths = torch.tensor([group.size for group in groups]).repeat_interleave(rows_of_group).to(weights.device)
-    weight_of_neuron = weights.repeat_interleave(lengths, output_size=num_neurons)
+    sums = torch.segment_reduce(products.view(-1).to(dtype), "sum", lengths=lengths, unsafe=True)
+    weight_of_neuron = weights.repeat_interleave(lengths, output_size=products.numel())
     for neurons in weighted:
         neurons.view(-1).mul_(weight_of_neuron)
-    return torch.segment_reduce(products.view(-1).to(dtype), "sum", lengths=lengths, unsafe=True)
+    return sums
 
 
 class _BankGradient:

@@ -61,9 +61,8 @@ class _TokenMean(evaluate.Metric):
         )
 
     def add(self, **token: Any) -> None:
-        """Adds one token, or one sequence: `add_batch` with singular names."""
-        plural = {"prediction": "predictions", "reference": "references", "loss": "losses"}
-        self.add_batch(**{plural.get(name, name): [value] for name, value in token.items()})
+        """Adds one token, or one sequence: `add_batch` with `prediction`, `reference` and `loss`."""
+        self.add_batch(**{"losses" if name == "loss" else f"{name}s": value for name, value in token.items()})
 
     def add_batch(self, **batch: Any) -> None:
         """Adds the tokens of a batch.
@@ -88,10 +87,9 @@ class _TokenMean(evaluate.Metric):
         Raises:
             ValueError: if nothing was added.
         """
-        ours = {name: inputs[name] for name in self._feature_names() if inputs.get(name) is not None}
-        if not len(self) and not ours:
+        if not len(self) and not any(inputs.get(name) is not None for name in self._feature_names()):
             raise ValueError(f"`{self.name}` has nothing to compute: give it tokens with `add_batch` first")
-        return super().compute(**ours)
+        return super().compute(**inputs)
 
     def _compute(self, *, references: np.ndarray, **sums: np.ndarray) -> dict[str, float]:
         count = float(references.sum())

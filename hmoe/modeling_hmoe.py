@@ -43,12 +43,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hmoe import HMoEConfig
-from .experts_hmoe import HMoEExperts, check_experts_implementation, default_experts_implementation
+from .experts_hmoe import HMoEExperts, choose_experts_implementation
 from .parallel_hmoe import EP_IMPLEMENTATION, check_tiles_divide
 from .routing_hmoe import (
     ROUTERS,
     HMoERouter,
-    RouterLogits,
     router_loss_share,
     use_own_router_losses,
     weighted_router_losses,
@@ -169,9 +168,7 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        requested = default_experts_implementation() if requested_experts is None else requested_experts
-        check_experts_implementation(requested)
-        return requested
+        return choose_experts_implementation(requested_experts)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
@@ -193,12 +190,6 @@ class HMoEPreTrainedModel(MixtralPreTrainedModel):
             own_class = next(cls for cls in type(self).__mro__ if not issubclass(cls, FSDPModule))
             custom_object_save(own_class, save_directory)
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-
-    def add_model_tags(self, tags: list[str] | str) -> None:
-        # TRL's trainers tag the model that they will train.
-        if "trl" in ([tags] if isinstance(tags, str) else tags):
-            use_own_router_losses()
-        super().add_model_tags(tags)
 
     @classmethod
     def from_pretrained(
@@ -343,7 +334,7 @@ class HMoEModel(HMoEPreTrainedModel):
         return HMoEModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
-            router_logits=RouterLogits.of(router_logits, router_index, self.config) if output_router_logits else None,
+            router_logits=router_logits or None,
             router_index=router_index or None,
         )
 
@@ -363,6 +354,12 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        # TRL's trainers tag the model that they will train.
+        if "trl" in ([tags] if isinstance(tags, str) else tags):
+            use_own_router_losses(self.model)
+        super().add_model_tags(tags)
 
     @can_return_tuple
     def forward(
@@ -403,18 +400,14 @@ class HMoEForCausalLM(HMoEPreTrainedModel, GenerationMixin):
         terms: dict[str, Tensor] = {}
         if labels is not None:
             lm_loss = loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        global_batch = trains_router and self.config.router_loss_scope == "global_batch"
         if output_router_logits or trains_router:
-            global_batch = trains_router and self.config.router_loss_scope == "global_batch"
-            # Hooks around the body, such as those of DeepSpeed ZeRO-3, rebuild tuples without their attributes.
             aux_loss, terms = weighted_router_losses(
                 outputs.router_logits, outputs.router_index, self.config, attention_mask, global_batch=global_batch
             )
         if trains_router:
             share = router_loss_share(
-                labels=labels,
-                attention_mask=attention_mask,
-                global_batch=self.config.router_loss_scope == "global_batch",
-                **kwargs,
+                labels=labels, attention_mask=attention_mask, global_batch=global_batch, **kwargs
             )
             loss = lm_loss + self.config.router_aux_loss_coef * share * aux_loss.to(lm_loss.device)
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .configuration_hmoe import HMoEConfig
 from .parallel_hmoe import check_tiles_divide
 
@@ -130,14 +132,11 @@ def place_layers(
     method: str = "pairs",
     *,
     load: Sequence[Load] | None = None,
-    spread: bool = True,
 ) -> list[Placement]:
-    """[`place_experts`] for every layer.
+    """[`place_experts`] for every layer, with `load` per layer.
 
-    Args:
-        load: per layer, per expert.
-        spread: give the heaviest part of a layer to the rank with the least work in the layers before, which evens
-            out over layers what a layer cannot; `contiguous` and `round_robin` stay as they are.
+    With `pairs` and `balanced`, the rank with the least work in the layers before gets the heaviest part of a layer,
+    which evens out over layers what a layer cannot.
     """
     if load is not None and len(load) != len(layer_sizes):
         raise ValueError(f"`load` has {len(load)} layers, the model has {len(layer_sizes)}")
@@ -147,11 +146,10 @@ def place_layers(
         layer_load = None if load is None else load[layer]
         placement = place_experts(sizes, num_ranks, method, load=layer_load)
         work = expected_work(sizes, layer_load)
-        if spread and method in ("pairs", "balanced"):
+        if method in ("pairs", "balanced"):
             heaviest = sorted(placement.ranks, key=lambda experts: -sum(work[expert] for expert in experts))
-            lightest = sorted(range(num_ranks), key=lambda rank: (totals[rank], rank))
-            by_rank = dict(zip(lightest, heaviest))
-            placement = Placement(tuple(by_rank[rank] for rank in range(num_ranks)))
+            lightest = sorted(range(num_ranks), key=totals.__getitem__)
+            placement = Placement(tuple(experts for _, experts in sorted(zip(lightest, heaviest))))
         totals = [total + more for total, more in zip(totals, placement.totals(work))]
         placements.append(placement)
     return placements
@@ -189,20 +187,17 @@ def simulate(
     group_size = len(placements[0].ranks)
     if num_ranks % group_size:
         raise ValueError(f"`num_ranks`={num_ranks} must be a multiple of the {group_size} ranks of the placements")
-    layers = range(len(layer_sizes))
-    parameters = [sum(column) for column in zip(*(p.totals(sizes) for p, sizes in zip(placements, layer_sizes)))]
-    slowest, total = [0.0] * len(layer_sizes), [0.0] * len(layer_sizes)
-    by_rank: list[float] = []
-    for group in range(num_ranks // group_size):
-        load = loads[group % len(loads)]
-        work = [placements[layer].totals(expected_work(layer_sizes[layer], load[layer])) for layer in layers]
-        slowest = [max(worst, *row) for worst, row in zip(slowest, work)]
-        total = [so_far + sum(row) for so_far, row in zip(total, work)]
-        by_rank += [sum(column) for column in zip(*work)]
+    parameters = [placement.totals(sizes) for placement, sizes in zip(placements, layer_sizes)]
+    batches = [
+        [placement.totals(expected_work(sizes, row)) for placement, sizes, row in zip(placements, layer_sizes, load)]
+        for load in loads
+    ]
+    work = np.array(batches)[np.arange(num_ranks // group_size) % len(loads)]  # [groups, layers, ranks of a group]
+    slowest = work.max(axis=(0, 2))
     return Balance(
-        parameters=max_over_mean(parameters),
-        per_layer=sum(slowest) * num_ranks / sum(total) if sum(total) else 1.0,
-        over_layers=max_over_mean(by_rank),
+        parameters=max_over_mean(np.sum(parameters, axis=0).tolist()),
+        per_layer=float(slowest.sum() * num_ranks / work.sum()) if work.any() else 1.0,
+        over_layers=max_over_mean(work.sum(axis=1).ravel().tolist()),
     )
 
 
@@ -226,21 +221,18 @@ def split_experts(config: HMoEConfig, ep_size: int) -> list[tuple[int, int]]:
 
 def reorder_config(config: HMoEConfig, orders: Sequence[Sequence[int]]) -> HMoEConfig:
     """A copy of the config whose expert i of layer l is the old expert `orders[l][i]`."""
-    layer_sizes = _reordered_sizes(config, orders)
-    same = all(sizes == layer_sizes[0] for sizes in layer_sizes)
-    fields = {"expert_intermediate_sizes": layer_sizes[0] if same else layer_sizes}
-    return type(config).from_dict({**config.to_dict(), **fields})
-
-
-def _reordered_sizes(config: HMoEConfig, orders: Sequence[Sequence[int]]) -> list[list[int]]:
     if len(orders) != config.num_hidden_layers:
         raise ValueError(f"`orders` has {len(orders)} layers, the model has {config.num_hidden_layers}")
+    layer_sizes = []
     for layer, (order, sizes) in enumerate(zip(orders, config.layer_expert_sizes)):
         if sorted(order) != list(range(len(sizes))):
             raise ValueError(
                 f"`orders[{layer}]`={list(order)} must name each of the experts 0 to {len(sizes) - 1} once"
             )
-    return [[sizes[expert] for expert in order] for order, sizes in zip(orders, config.layer_expert_sizes)]
+        layer_sizes.append([sizes[expert] for expert in order])
+    same = all(sizes == layer_sizes[0] for sizes in layer_sizes)
+    fields = {"expert_intermediate_sizes": layer_sizes[0] if same else layer_sizes}
+    return type(config).from_dict({**config.to_dict(), **fields})
 
 
 def describe_placement(config: HMoEConfig, num_ranks: int, load: Sequence[Load] | None = None) -> str:

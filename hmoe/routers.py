@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,49 +55,34 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
         banks = {name: shape for name, shape in named.items() if len(shape) >= 2}
         if not any(len(shape) == 3 and "down_proj" in name for name, shape in banks.items()):
             continue
-        row_size, row = _row_size(banks), sum(math.prod(shape[1:]) for shape in banks.values())
+        # Neurons in a row of a bank: of an expert, or of a tile of one.
+        hidden = next(shape for name, shape in banks.items() if "up_proj" in name)[-1]
+        row_size = math.prod(next(shape for name, shape in banks.items() if "down_proj" in name)[1:]) // hidden
+        row = sum(math.prod(shape[1:]) for shape in banks.values())
         num_rows = next(iter(banks.values()))[0]
         sizes = list(layer_sizes[len(layers)]) if layer_sizes else [row_size] * num_rows
         layers.append(RoutedLayer(router, sizes, [row * size // row_size for size in sizes]))
     return layers
 
 
-def _row_size(banks: dict[str, torch.Size]) -> int:
-    """Neurons in a row of a bank: of an expert, or of a tile of one."""
-    hidden = next(shape for name, shape in banks.items() if "up_proj" in name)[-1]
-    return math.prod(next(shape for name, shape in banks.items() if "down_proj" in name)[1:]) // hidden
-
-
-class RouterTap:
-    """Hands the outputs of every router to `consume(layer, logits [T, E], index [T, K])`, while it is open."""
+class RouterTap(ExitStack):
+    """Hands the outputs of every router to `consume(layer, logits [T, E], index [T, K])`, until it is closed."""
 
     def __init__(self, model: nn.Module, consume: Callable[[int, Tensor, Tensor], None]):
-        self._handles = [
-            layer.router.register_forward_hook(_hook(layer_idx, consume))
-            for layer_idx, layer in enumerate(routed_layers(model))
-        ]
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def __enter__(self) -> RouterTap:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        super().__init__()
+        for layer_idx, layer in enumerate(routed_layers(model)):
+            self.callback(layer.router.register_forward_hook(partial(_consume_output, consume, layer_idx)).remove)
 
 
-def _hook(layer_idx: int, consume: Callable[[int, Tensor, Tensor], None]) -> Callable:
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        if not isinstance(output, tuple) or len(output) != 3:
-            raise ValueError(
-                f"router {type(module).__name__} returns {type(output).__name__}, not (logits, weights, index): "
-                "this kind of mixture cannot be analysed"
-            )
-        consume(layer_idx, output[0], output[2])
-
-    return hook
+def _consume_output(
+    consume: Callable[[int, Tensor, Tensor], None], layer_idx: int, module: nn.Module, args: tuple, output: Any
+) -> None:
+    if not isinstance(output, tuple) or len(output) != 3:
+        raise ValueError(
+            f"router {type(module).__name__} returns {type(output).__name__}, not (logits, weights, index): this kind "
+            "of mixture cannot be analysed"
+        )
+    consume(layer_idx, output[0], output[2])
 
 
 def tokens_per_expert(index: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:

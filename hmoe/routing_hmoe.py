@@ -324,43 +324,42 @@ def _token_mask(attention_mask: Tensor | None, logits: Tensor) -> Tensor | None:
     return attention_mask[:, attention_mask.shape[1] - num_positions :].reshape(-1).to(logits.device)
 
 
-class RouterLogits(tuple):
-    """Router logits [T, E] of all layers that know the experts they activated [T, K] and the config of their losses.
+class _RouterLogits(tuple):
+    """Router logits [T, E] of all layers, with the model's own loss of them given an attention mask."""
 
-    Other libraries' trainers get nothing else of the routing (see [`use_own_router_losses`]).
-    """
-
-    router_index: tuple[Tensor, ...]
-    config: HMoEConfig
-
-    @classmethod
-    def of(cls, logits: tuple[Tensor, ...], router_index: tuple[Tensor, ...], config: HMoEConfig) -> RouterLogits:
-        made = cls(logits)
-        made.router_index, made.config = router_index, config
-        return made
-
-    def weighted_loss(self, attention_mask: Tensor | None) -> Tensor:
-        return weighted_router_losses(self, self.router_index, self.config, attention_mask)[0]
+    own_loss: Callable[[Tensor | None], Tensor]
 
 
-def use_own_router_losses() -> None:
-    """Makes TRL's trainers use the router losses of HMoE models, once per process; other models keep theirs.
+def _attach_own_loss(body: Any, _: Any, output: Any) -> None:
+    """A forward hook; the tuple of tensors that `return_dict=False` gives holds no router logits by name."""
+    logits = getattr(output, "router_logits", None)
+    if logits is not None and not isinstance(logits, _RouterLogits):
+        own = partial(weighted_router_losses, logits, output.router_index, body.config)
+        output.router_logits = _RouterLogits(logits)
+        output.router_logits.own_loss = lambda mask: own(mask)[0]
+
+
+def use_own_router_losses(body: nn.Module) -> None:
+    """Makes TRL use the router losses of one model; other models keep theirs.
 
     TRL fuses head and cross-entropy: it calls the body of any MoE model and hands its router logits to Mixtral's
-    `load_balancing_loss_func`. That would train all experts towards equal load whatever the config says. So this
-    function is replaced, where it stands, by one that asks router logits of an HMoE model for their own loss.
+    `load_balancing_loss_func`. That would train all experts towards equal load whatever the config says. There is no
+    way to tell TRL otherwise, so the router logits are made to know their own loss, and that function asks them.
+    A causal language model calls this when a trainer of TRL tags it; for a trainer that does not, call
+    `model.add_model_tags("trl")`.
+
+    Args:
+        body: what TRL calls: the model without its head.
     """
+    body.register_forward_hook(_attach_own_loss)
     stock = modeling_mixtral.load_balancing_loss_func
     if hasattr(stock, "asks_router_logits"):
         return
 
     @functools.wraps(stock)
-    def own_or_stock(
-        gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
-    ) -> Tensor | int:
-        # The code of a checkpoint has a RouterLogits class of its own.
-        if hasattr(gate_logits, "weighted_loss"):
-            return gate_logits.weighted_loss(attention_mask)
+    def own_or_stock(gate_logits, num_experts=None, top_k=2, attention_mask=None):
+        if hasattr(gate_logits, "own_loss"):  # of any copy of this file
+            return gate_logits.own_loss(attention_mask)
         return stock(gate_logits, num_experts, top_k, attention_mask)
 
     own_or_stock.asks_router_logits = True  # type: ignore[attr-defined]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -141,7 +140,7 @@ class Source:
 
     @property
     def is_on_hub(self) -> bool:
-        return not _is_saved_dataset(self.path) and local_files(self) is None
+        return _resolve(self)[0] == "hub"
 
 
 def load_source(
@@ -157,12 +156,11 @@ def load_source(
     """
     import datasets  # of the extras
 
-    if _is_saved_dataset(source.path):
+    format_name, files = _resolve(source)
+    if format_name == "saved":
         return _load_saved(source, streaming)
-    files = local_files(source)
-    if files is None:
+    if format_name == "hub":
         return _load_hub(source, streaming=streaming, cache_dir=cache_dir)
-    format_name = _format_of(source, files)
     files = _without_empty(source, files)
     settings: dict[str, Any] = {}
     if format_name == "text":
@@ -176,7 +174,9 @@ def load_source(
         )
     except (datasets.exceptions.DatasetGenerationError, ImportError, OSError) as error:
         cause = error.__cause__ or error
-        raise ValueError(f"cannot read {source.path!r} as {format_name}: {cause}{_remedy(files, cause)}") from error
+        # An ImportError says what to install; for all others it matters which files were read.
+        names = "" if isinstance(cause, ImportError) else f". Files: {', '.join(files[:3])}{' ...' * (len(files) > 3)}"
+        raise ValueError(f"cannot read {source.path!r} as {format_name}: {cause}{names}") from error
 
 
 def read_texts(entries: Iterable[str | os.PathLike], *, piece: int = 1 << 20) -> Iterator[str]:
@@ -188,9 +188,9 @@ def read_texts(entries: Iterable[str | os.PathLike], *, piece: int = 1 << 20) ->
         ValueError: for what cannot be read, and for a row without text.
     """
     for source in (Source.parse(os.fspath(entry)) for entry in entries):
-        files = None if _is_saved_dataset(source.path) else local_files(source)
+        format_name, files = _resolve(source)
         # Plain text is read without `datasets`, which a base install lacks.
-        if files is not None and _format_of(source, files) == "text":
+        if format_name == "text":
             yield from _pieces(_without_empty(source, files), piece)
             continue
         column = source.text_column or "text"
@@ -229,29 +229,32 @@ def read_beginning(entry: str | os.PathLike, num_characters: int) -> str:
     return text[:num_characters]
 
 
-def local_files(source: Source) -> list[str] | None:
-    """The files that a source names, sorted; None if it names a data set of the Hub.
+def _resolve(source: Source) -> tuple[str, list[str]]:
+    """The format of the files that a source names, and these, sorted; `hub` or `saved` (by `save_to_disk`) and none
+    for a data set.
 
     Raises:
-        ValueError: if it looks like a path and nothing is there.
+        ValueError: if it looks like a path and nothing is there, or the format is not known.
     """
     path = Path(os.path.expanduser(source.path))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return "saved", []
     if path.is_file():
-        return [str(path)]
-    if path.is_dir():
+        files = [str(path)]
+    elif path.is_dir():
         files = sorted(str(p) for p in path.rglob("*") if p.is_file() and _suffix(p) in FORMATS)
         if not files:
             raise ValueError(f"folder {source.path!r} holds no file that ends in {', '.join(FORMATS)}")
-        return files
-    if glob.has_magic(str(path)):
+    elif glob.has_magic(str(path)):
         files = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not files:
             raise ValueError(f"no file matches {source.path!r} (from {Path.cwd()})")
-        return files
-    if _suffix(path) in FORMATS or source.format:
+    elif _suffix(path) in FORMATS or source.format:
         raise ValueError(f"{source.path}: no such file or folder (from {Path.cwd()})")
-    local_path(source.path)  # refuses what cannot be a name on the Hub
-    return None
+    else:
+        local_path(source.path)  # refuses what cannot be a name on the Hub
+        return "hub", []
+    return _format_of(source, files), files
 
 
 def _suffix(path: Path) -> str:
@@ -286,17 +289,6 @@ def _without_empty(source: Source, files: list[str]) -> list[str]:
     return filled
 
 
-def _remedy(files: list[str], cause: BaseException) -> str:
-    if isinstance(cause, ImportError):
-        return ""  # it says what to install
-    return f". Files: {', '.join(files[:3])}{' ...' if len(files) > 3 else ''}"
-
-
-def _is_saved_dataset(path: str) -> bool:
-    folder = Path(os.path.expanduser(path))
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-
-
 def _load_saved(source: Source, streaming: bool) -> Any:
     import datasets
 
@@ -328,13 +320,3 @@ def check_columns(dataset: Any, needed: Iterable[str], source: Source, option: s
         if column not in names:
             hint = did_you_mean(column, names, otherwise=".")
             raise ValueError(f"{source.path!r} has no column {column!r} (`{option}`){hint} Its columns: {names}")
-
-
-def compile_separator(pattern: str | None) -> re.Pattern[str] | None:
-    """The regular expression of the lines that part documents."""
-    if pattern is None:
-        return None
-    try:
-        return re.compile(pattern, re.MULTILINE)
-    except re.error as error:
-        raise ValueError(f"`document_separator`={pattern!r} is not a regular expression: {error}") from None

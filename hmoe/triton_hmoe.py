@@ -31,7 +31,6 @@ triton.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -255,6 +254,7 @@ def project_kernel(
     weights_ptr,  # [P] or None
     pair_rows_ptr,  # [P, H], in token and slot order
     COLUMN_BLOCKS: tl.constexpr,
+    SLOTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     TILE: tl.constexpr,  # rows of the bank per tile: g or 2g
     NUM_EXPERTS: tl.constexpr,
@@ -387,10 +387,10 @@ def grad_neurons_kernel(
 @_jit
 def bank_gradient_kernel(
     values_ptr,  # [M] or [2 M]: rows of an expert's width I, or 2 I
-    token_rows_ptr,  # [T, H]
     order_ptr,  # [P]
     pair_offsets_ptr,  # [E + 1]
     tile_offsets_ptr,  # [E + 1]
+    token_rows_ptr,  # [T, H]
     grad_bank_ptr,  # [N, g, H] or [N, 2g, H]
     COLUMN_BLOCKS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -463,7 +463,8 @@ class _Layer:
         self.hidden_blocks = triton.cdiv(self.hidden_size, self.launch.columns)
         self.top_k_index, self.num_slots = top_k_index, top_k_index.shape[1]
         self.pairs = *pairs, _device_offsets(tuple(tile_offsets), like.device)
-        self.product = {
+        self.constants = {
+            "SLOTS": self.num_slots,
             "HIDDEN": self.hidden_size,
             "NUM_EXPERTS": len(self.tiles),
             "EXPERTS": triton.next_power_of_2(len(self.tiles)),
@@ -475,24 +476,34 @@ class _Layer:
             "num_stages": self.launch.num_stages,
         }
 
-    def up(
-        self, hidden_states: Tensor, gate_up_proj: Tensor, activation: str, projected: Tensor | None, neurons: Tensor
-    ) -> None:
-        """Writes neurons [M] and, if given, projected [2 M]: per row, tile by tile, gate then up."""
+    def launch_over_neurons(self, kernel, activation: str, token_rows: Tensor, *tensors: Tensor | None) -> None:
+        """`up_kernel` or `grad_neurons_kernel`: one program per block of pairs and block of neurons."""
         if self.row_blocks:
-            up_kernel[(self.row_blocks * self.neuron_blocks,)](
-                hidden_states,
+            kernel[(self.row_blocks * self.neuron_blocks,)](
+                token_rows,
                 *self.pairs,
-                gate_up_proj,
-                projected,
-                neurons,
+                *tensors,
                 COLUMN_BLOCKS=self.neuron_blocks,
-                SLOTS=self.num_slots,
+                NEURONS=self.launch.neurons,
                 TILE=self.tile,
                 ACTIVATION=activation,
-                NEURONS=self.launch.neurons,
-                **self.product,
+                **self.constants,
             )
+
+    def launch_over_columns(self, kernel, row_blocks: int, tile: int, values: Tensor, *tensors: Tensor | None) -> None:
+        """`project_kernel` or `bank_gradient_kernel`: one program per block of rows and block of columns of H.
+
+        `tile` is the number of the bank's rows per tile, g or 2g.
+        """
+        kernel[(row_blocks * self.hidden_blocks,)](
+            values,
+            *self.pairs,
+            *tensors,
+            COLUMN_BLOCKS=self.hidden_blocks,
+            COLUMNS=self.launch.columns,
+            TILE=tile,
+            **self.constants,
+        )
 
     def project_and_sum(self, values: Tensor, bank: Tensor, weights: Tensor | None) -> Tensor:
         """Sum over a token's experts of values @ bank, times the routing weights if given. Returns [T, H]."""
@@ -501,17 +512,7 @@ class _Layer:
         output = values.new_empty(self.top_k_index.shape[0], self.hidden_size)
         if not self.row_blocks:
             return output.zero_()
-        project_kernel[(self.row_blocks * self.hidden_blocks,)](
-            values,
-            *self.pairs,
-            bank,
-            weights,
-            pair_rows,
-            COLUMN_BLOCKS=self.hidden_blocks,
-            TILE=bank.shape[1],
-            COLUMNS=self.launch.columns,
-            **self.product,
-        )
+        self.launch_over_columns(project_kernel, self.row_blocks, bank.shape[1], values, bank, weights, pair_rows)
         columns = min(1024, triton.next_power_of_2(self.hidden_size))
         column_blocks = triton.cdiv(self.hidden_size, columns)
         sum_slots_kernel[(len(output) * column_blocks,)](
@@ -526,50 +527,11 @@ class _Layer:
         )
         return output
 
-    def grad_neurons(
-        self,
-        grad_output: Tensor,
-        kept: Sequence[Tensor],
-        activation: str,
-        grad_projected: Tensor | None,
-        weighted_neurons: Tensor | None,
-        weight_parts: Tensor | None,
-    ) -> None:
-        """Writes those of grad_projected [2 M], weighted_neurons [M], weight_parts [P, blocks] that are given."""
-        _, weights, _, down_proj, _, projected, *_ = kept
-        if self.row_blocks:
-            grad_neurons_kernel[(self.row_blocks * self.neuron_blocks,)](
-                grad_output,
-                *self.pairs,
-                down_proj,
-                weights,
-                projected,
-                grad_projected,
-                weighted_neurons,
-                weight_parts,
-                COLUMN_BLOCKS=self.neuron_blocks,
-                SLOTS=self.num_slots,
-                TILE=self.tile,
-                ACTIVATION=activation,
-                NEURONS=self.launch.neurons,
-                **self.product,
-            )
-
     def bank_gradient(self, values: Tensor, token_rows: Tensor, bank: Tensor) -> Tensor:
         """Per expert values^T @ token_rows, in the shape of the bank; zero for an expert without tokens."""
         gradient = torch.empty_like(bank)
-        blocks = sum(triton.cdiv(tiles * bank.shape[1], self.launch.rows) for tiles in self.tiles)
-        bank_gradient_kernel[(blocks * self.hidden_blocks,)](
-            values,
-            token_rows,
-            *self.pairs,
-            gradient,
-            COLUMN_BLOCKS=self.hidden_blocks,
-            SLOTS=self.num_slots,
-            TILE=bank.shape[1],
-            COLUMNS=self.launch.columns,
-            **self.product,
-        )
+        row_blocks = sum(triton.cdiv(tiles * bank.shape[1], self.launch.rows) for tiles in self.tiles)
+        self.launch_over_columns(bank_gradient_kernel, row_blocks, bank.shape[1], values, token_rows, gradient)
         return gradient
 
 
@@ -609,7 +571,8 @@ def _triton_experts(
             saved_numel = 2 * tile * int((pair_offsets.diff() * tiles).sum())
         projected = hidden_states.new_empty(saved_numel)
         neurons = hidden_states.new_empty(saved_numel // 2 if saved_numel else max(layer.tiles) * tile * len(order))
-        layer.up(hidden_states, gate_up_proj, activation, projected if saved_numel else None, neurons)
+        outputs = projected if saved_numel else None, neurons
+        layer.launch_over_neurons(up_kernel, activation, hidden_states, gate_up_proj, *outputs)
         output = layer.project_and_sum(neurons, down_proj, top_k_weights)
     return output, projected, order, pair_offsets
 
@@ -633,7 +596,8 @@ def _triton_experts_backward(
         weight_parts = None
         if need_weights:  # zero where an expert has fewer blocks, and in unused slots
             weight_parts = projected.new_zeros(len(order), layer.neuron_blocks, dtype=torch.float32)
-        layer.grad_neurons(grad_output, kept, activation, grad_projected, weighted_neurons, weight_parts)
+        inputs, outputs = (down_proj, top_k_weights, projected), (grad_projected, weighted_neurons, weight_parts)
+        layer.launch_over_neurons(grad_neurons_kernel, activation, grad_output, *inputs, *outputs)
         if weight_parts is not None:
             grad_weights = weight_parts.sum(1).view_as(top_k_weights).to(top_k_weights.dtype)
         if weighted_neurons is not None:

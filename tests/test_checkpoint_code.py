@@ -23,6 +23,8 @@ HEADS = {
     "AutoModelForQuestionAnswering": "HMoEForQuestionAnswering",
 }
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
+# What a checkpoint's code does only where the package is installed.
+WITH_THE_PACKAGE = ("from hmoe.presets import preset_fields",)
 INPUT_IDS = torch.arange(12).view(2, 6) + 3
 
 # Opens every head from every checkpoint in a folder, and saves each checkpoint again from the head that made it.
@@ -31,6 +33,7 @@ import json
 from pathlib import Path
 
 import torch
+from transformers.models.mixtral import modeling_mixtral
 import transformers
 
 source, resaved, answers = map(Path, sys.argv[1:4])
@@ -70,6 +73,10 @@ for folder in sorted(source.iterdir()):
                 model.set_experts_implementation("sonicmoe")
             except ValueError as error:
                 info["refused backend"] = str(error)
+            model.add_model_tags(["trl", "sft"])
+            output = model(input_ids, output_router_logits=True)
+            tensors["aux_loss"] = output.aux_loss
+            tensors["trl"] = modeling_mixtral.load_balancing_loss_func(output.router_logits, 4, 2)
 info["hmoe"] = any(name.partition(".")[0] == "hmoe" for name in sys.modules)
 torch.save(tensors, answers.with_suffix(".pt"))
 answers.with_suffix(".json").write_text(json.dumps(info))
@@ -153,6 +160,11 @@ def test_generation_and_backends_work_on_checkpoint_code(strangers):
         assert all(name in info["refused backend"] for name in ("sonicmoe", *BACKENDS))
 
 
+def test_without_the_package_a_trainer_of_trl_gets_the_models_own_router_losses(strangers):
+    for tensors, _ in (strangers.first, strangers.second):
+        torch.testing.assert_close(tensors["trl"], tensors["aux_loss"], rtol=0, atol=0)
+
+
 def test_with_the_package_imported_no_trust_is_needed_and_its_classes_are_used(strangers):
     for auto_class, name in HEADS.items():
         for trust in (None, True):
@@ -176,7 +188,7 @@ def test_files_that_travel_import_only_each_other_and_what_every_host_has(strang
                 assert {alias.name.partition(".")[0] for alias in node.names} <= known, ast.unparse(node)
             elif isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and node.module in files, ast.unparse(node)
-            elif isinstance(node, ast.ImportFrom) and ast.unparse(node) != "from hmoe.presets import preset_fields":
+            elif isinstance(node, ast.ImportFrom) and ast.unparse(node) not in WITH_THE_PACKAGE:
                 assert node.module.partition(".")[0] in hosts, ast.unparse(node)
 
 
@@ -186,6 +198,7 @@ import sys
 
 import torch
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.mixtral import modeling_mixtral
 
 import hmoe
 
@@ -198,6 +211,13 @@ def loss_and_gradients(model):
     loss = model(input_ids, labels=input_ids).lm_loss
     loss.backward()
     return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+# The model's own, and what a trainer of TRL gets for it.
+def aux_losses(model):
+    model.add_model_tags(["trl", "sft"])
+    output = model(input_ids, output_router_logits=True)
+    return [output.aux_loss, modeling_mixtral.load_balancing_loss_func(output.router_logits, 4, 2)]
 
 
 def same(left, right):
@@ -218,6 +238,8 @@ print(json.dumps({
     "edited copy": same(loss_and_gradients(copies[1]), relu),
     "installed package": same(loss_and_gradients(installed), silu),
     "plain copy again": same(loss_and_gradients(copies[0]), silu),
+    "trl": all(torch.equal(*aux_losses(model)) for model in (installed, *copies)),
+    "trl and the edited loss": not same(aux_losses(copies[0]), aux_losses(copies[1])),
 }))
 """
 
@@ -229,9 +251,15 @@ def test_code_of_two_checkpoints_and_the_package_share_one_process(tiny_config, 
     # Code of the same name that computes something else inside its custom op.
     with (edited / "grouped_hmoe.py").open("a") as file:
         file.write('\nACTIVATIONS["silu"] = ACTIVATIONS["relu"]\n')
+    with (edited / "routing_hmoe.py").open("a") as file:
+        file.write('\nROUTER_LOSSES["parameter_penalty_loss"] = router_z_loss\n')
     process = subprocess.run(
         [sys.executable, "-c", NEIGHBOURS, plain, edited],
-        env={"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        env={
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(hmoe.__file__).parents[1]),  # this copy of the package, whatever is installed
+        },
         capture_output=True,
         text=True,
     )

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hmoe import HMoEConfig, HMoEForCausalLM, count_parameters, lora_config
-from hmoe.costs import CONVENTIONS, forward_flops, inverse_size_load, model_costs
+from hmoe.costs import CONVENTIONS, inverse_size_load, model_costs
 from hmoe.training.router_log import RouterMetrics, RouterWindow
 
 
@@ -265,7 +265,7 @@ MODELS = {
 
 def counted(model, ids) -> RouterWindow:
     """What the trainer counts of one forward pass in training."""
-    metrics = RouterMetrics(forward_flops(model))
+    metrics = RouterMetrics(model_costs(model).forward_flops())
     options = {"output_router_logits": True} if model.config.model_type == "hmoe" else {}
     metrics.update(model.train()(input_ids=ids, use_cache=False, **options), {"input_ids": ids}, model.config)
     return metrics.collect(lambda tensor: tensor)
@@ -282,7 +282,7 @@ def test_counted_flops_equal_a_literal_count_of_the_products(name):
 
 def test_6nd_counts_six_times_the_activated_parameters():
     model = hmoe(expert_intermediate_sizes=[16] * 4)
-    flops = forward_flops(model, "6nd")
+    flops = model_costs(model).forward_flops("6nd")
     assert 3 * flops.count(10, LENGTH) == 6 * 10 * count_parameters(model.config).activated
 
 
@@ -290,7 +290,7 @@ def test_conventions_differ_by_attention_embedding_and_norms():
     with torch.device("meta"):
         model = HMoEForCausalLM(HMoEConfig.from_preset("hmoe-0.4b"))
     config, counts = model.config, count_parameters(model.config)
-    matmul, paper = (3 * forward_flops(model, name).count(1, 4096) for name in ("matmul", "6nd"))
+    matmul, paper = (3 * model_costs(model).forward_flops(name).count(1, 4096) for name in ("matmul", "6nd"))
     attention = 12 * config.num_hidden_layers * config.hidden_size * 4096
     assert matmul == paper + attention - 6 * (counts.embedding // 2 + counts.norms)
     assert 1.25 < matmul / paper < 1.4
@@ -298,15 +298,15 @@ def test_conventions_differ_by_attention_embedding_and_norms():
 
 def test_an_unknown_convention_is_refused():
     with pytest.raises(ValueError, match="flops_convention"):
-        forward_flops(hmoe(), "6n")
+        model_costs(hmoe()).forward_flops("6n")
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("name", ["top_k", "mixtral", "llama"])
 def test_partitioned_parameters_count_whole(name, convention):
     model = MODELS[name]()
-    whole = forward_flops(model, convention)
+    whole = model_costs(model).forward_flops(convention)
     for parameter in model.parameters():  # as DeepSpeed ZeRO-3 does
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
-    assert forward_flops(model, convention) == whole
+    assert model_costs(model).forward_flops(convention) == whole

@@ -17,7 +17,7 @@ from transformers import (
 
 import hmoe_cli
 from hmoe import HMoEConfig, HMoEForCausalLM
-from hmoe.costs import forward_flops
+from hmoe.costs import model_costs
 from hmoe.describe import describe, homogeneous_twin, load_config, main, report
 
 
@@ -38,8 +38,8 @@ def test_parameters_are_the_real_ones_and_flops_those_that_training_counts(tiny_
     with torch.device("meta"):
         model = HMoEForCausalLM(config)
     described = describe(config, context=32)
-    assert described.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert described.flops_per_token == pytest.approx(forward_flops(model).count(1, 32))
+    assert described["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert described["flops_per_token"] == pytest.approx(model_costs(model).forward_flops().count(1, 32))
 
 
 SIZES = {
@@ -146,8 +146,8 @@ def test_cache_bytes_are_those_of_a_real_cache_and_weights_follow_the_dtype(tiny
     layers = outputs.past_key_values.layers
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     described = describe(config, context=16, batch_size=2, dtype="float32")
-    assert described.kv_cache_bytes == real
-    assert described.weight_bytes == 2 * describe(config).weight_bytes == described.parameters * 4
+    assert described["kv_cache_bytes"] == real
+    assert described["weight_bytes"] == 2 * describe(config)["weight_bytes"] == described["parameters"] * 4
 
 
 def test_hmoe_paper_figures_activated_parameters_and_ratio() -> None:
@@ -163,7 +163,7 @@ def test_twin_keeps_the_total_width_of_every_layer(tiny_config) -> None:
     assert twin.layer_expert_sizes == [[20] * 4, [16] * 3]
     assert twin.qk_norm
     assert twin.load_balancing_loss_coef == 0.01
-    assert describe(twin).parameters == describe(config).parameters
+    assert describe(twin)["parameters"] == describe(config)["parameters"]
 
 
 def test_presets_folders_and_recipes_are_read(tmp_path, tiny_config, capsys) -> None:

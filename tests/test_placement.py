@@ -86,13 +86,12 @@ def test_pairs_with_load_keep_parameters_exact():
 
 def test_work_evens_out_over_layers():
     load = [[0.6, 0.6, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1]] * 4
-    layer_sizes, balance = [MODSE] * 4, {}
-    for spread in (False, True):
-        placements = place_layers(layer_sizes, 4, "pairs", load=load, spread=spread)
-        balance[spread] = simulate(layer_sizes, placements, [load], 4)
-    assert balance[True].parameters == balance[False].parameters == 1.0
-    assert balance[True].per_layer == pytest.approx(balance[False].per_layer)
-    assert balance[True].over_layers < balance[False].over_layers
+    layer_sizes = [MODSE] * 4
+    alike = simulate(layer_sizes, [place_experts(MODSE, 4, "pairs", load=load[0])] * 4, [load], 4)
+    spread = simulate(layer_sizes, place_layers(layer_sizes, 4, "pairs", load=load), [load], 4)
+    assert spread.parameters == alike.parameters == 1.0
+    assert spread.per_layer == pytest.approx(alike.per_layer)
+    assert spread.over_layers < alike.over_layers
 
 
 @pytest.mark.parametrize("num_ranks", [4, 64, 1024])

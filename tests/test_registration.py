@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -129,7 +130,11 @@ def import_results(tmp_path_factory, tiny_config) -> dict[str, str]:
     (folder / "config.pickle").write_bytes(pickle.dumps(model.config))
     subprocess.run(
         [sys.executable, "-c", RUN_IMPORT_ORDERS, folder, results, json.dumps(IMPORT_ORDERS)],
-        env={"OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(results.with_name("modules"))},
+        env={
+            "OMP_NUM_THREADS": "1",
+            "HF_MODULES_CACHE": str(results.with_name("modules")),
+            "PYTHONPATH": str(Path(hmoe.__file__).parents[1]),  # this copy of the package, whatever is installed
+        },
         check=True,
     )
     return {path.name: path.read_text() for path in results.iterdir()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,10 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..cards import write_card
 from ..configuration_hmoe import HMoEConfig
+from ..costs import model_costs
 from ..modeling_hmoe import HMoEForCausalLM
-from .check import (
-    CheckFailed,
-    CheckResult,
-    ForcedRouting,
-    check_tokens,
-    compare_logits,
-    fits_in_memory,
-    reference_logits,
-)
-from .checkpoint import CheckpointReader, CheckpointWriter, output_folder, resolve_source
-from .families import load_source_config
+from .check import CheckFailed, CheckResult, ForcedRouting, compare_logits, fits_in_memory
+from .checkpoint import SourceCheckpoint, output_folder, write_checkpoint
 
 
 CAST_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,38 +57,13 @@ class Options:
         return source_dtype if self.dtype is None else CAST_DTYPES[self.dtype]
 
 
-@dataclass(frozen=True)
-class SourceCheckpoint:
-    """A checkpoint to convert: as the user named it, and opened."""
-
-    name: str
-    folder: Path
-    config: Any
-    reader: CheckpointReader
-
-    @classmethod
-    def open(cls, source: str | Path, model_types: Collection[str], command: str) -> SourceCheckpoint:
-        """The checkpoint in a folder or on the Hub.
-
-        Raises:
-            ValueError: if it is not there, is damaged, or its model type is not one that `command` reads.
-        """
-        folder = resolve_source(source)
-        return cls(str(source), folder, load_source_config(folder, model_types, command), CheckpointReader(folder))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.reader.dtype(next(name for name in self.reader.names if name.endswith("embed_tokens.weight")))
-
-
 @dataclass
 class Plan:
     """A conversion that is ready to be written.
 
     Attributes:
         config: of the target; its dtype is set when the conversion is executed.
-        tensors: called once, yields the names and tensors of the target in the order in which they are written.
-        num_parameters: of the target.
+        tensors: names and tensors of the target, made while they are written, in this order.
         settings: arguments of the conversion, for the model card.
         exact: the target's logits equal the source's.
         forced: a routing under which they do, for targets that are not exact with their own router.
@@ -106,17 +73,17 @@ class Plan:
 
     source: SourceCheckpoint
     config: PreTrainedConfig
-    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
-    num_parameters: float
+    tensors: Iterator[tuple[str, Tensor]]
     settings: Mapping[str, Any]
     exact: bool = False
     forced: ForcedRouting | None = None
     factor: int = 1
     notes: list[str] = field(default_factory=list)
 
-    def keeps_logits(self, dtype: torch.dtype) -> bool:
-        """Whether the weights, and their multiples by `factor`, survive being written as `dtype`."""
-        return dtype == torch.float32 or (dtype == self.source.dtype and self.factor & (self.factor - 1) == 0)
+    @property
+    def num_parameters(self) -> int:
+        """Of the target."""
+        return model_costs(self.config).parameters
 
 
 @dataclass(frozen=True)
@@ -143,39 +110,28 @@ def execute(plan: Plan, target: str | Path, options: Options) -> Conversion:
     """
     plan.config.dtype = options.written_dtype(plan.source.dtype)
     with output_folder(target, plan.source.folder, overwrite=options.overwrite) as folder:
-        total_bytes = int(plan.num_parameters * plan.config.dtype.itemsize)
-        with CheckpointWriter(folder, total_bytes=total_bytes, progress=options.progress) as writer:
-            for name, tensor in plan.tensors():
-                writer.write(name, tensor if options.dtype is None else tensor.to(plan.config.dtype))
-        _refuse_unused(plan)
-        copy_companions(plan.source.folder, folder)
+        dtype = None if options.dtype is None else plan.config.dtype
+        tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in plan.tensors)
+        total_bytes = plan.num_parameters * plan.config.dtype.itemsize
+        num_bytes = write_checkpoint(folder, tensors, total_bytes=total_bytes, progress=options.progress)
+        plan.source.refuse_unused()
+        _copy_companions(plan.source.folder, folder)
         if isinstance(plan.config, HMoEConfig):
             custom_object_save(HMoEForCausalLM, folder)
             plan.config.architectures = plan.config.architectures or [HMoEForCausalLM.__name__]
-        notes = list(plan.notes)
-        check = _check(plan, folder, options, notes)
+        check = _check(plan, folder, options)
         if check is not None and not check.passed:
             raise CheckFailed(
                 f"{check}. These should be equal; nothing was written to {target}. Please report it with the model; "
                 "--no_check skips this check"
             )
-        conversion = Conversion(Path(target), plan.config, writer.num_bytes, check, tuple(notes))
+        conversion = Conversion(Path(target), plan.config, num_bytes, check, tuple(plan.notes))
         _write_card(plan, folder, options, conversion)
         plan.config.save_pretrained(folder)  # last: until now the folder does not load
     return conversion
 
 
-def _refuse_unused(plan: Plan) -> None:
-    expected = {"lm_head.weight"} if plan.config.tie_word_embeddings else set()
-    if unused := [name for name in plan.source.reader.unused() if name not in expected]:
-        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-        raise ValueError(
-            f"{plan.source.folder} holds tensors that its config.json does not ask for: {', '.join(unused[:5])}{more}"
-            ". They would be lost: the model is of another kind, or its config is wrong"
-        )
-
-
-def copy_companions(source: Path, folder: Path) -> None:
+def _copy_companions(source: Path, folder: Path) -> None:
     """Tokenizer, chat templates, generation config and licence, as they are."""
     for pattern in _COPIED:
         for path in source.glob(pattern):
@@ -185,18 +141,25 @@ def copy_companions(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _check(plan: Plan, folder: Path, options: Options, notes: list[str]) -> CheckResult | None:
+def _check(plan: Plan, folder: Path, options: Options) -> CheckResult | None:
     if not options.check:
         return None
     if not fits_in_memory(plan.num_parameters):
-        notes.append(f"not checked: {plan.num_parameters / 1e9:.1f} B parameters in fp32 do not fit into free memory")
+        size = f"{plan.num_parameters / 1e9:.1f} B parameters"
+        plan.notes.append(f"not checked: {size} in fp32 do not fit into free memory")
         return None
-    tokens, text = check_tokens(plan.source.folder, plan.config.vocab_size, options.check_text)
-    source_logits = reference_logits(plan.source.folder, tokens)
-    exact, forced = plan.exact, plan.forced
-    if not plan.keeps_logits(plan.config.dtype):
-        exact, forced = False, None
-    return compare_logits(source_logits, folder, plan.config, tokens, text=text, exact=exact, forced=forced)
+    # Whether the weights, and their multiples by `factor`, survive being written.
+    is_power_of_two = plan.factor & (plan.factor - 1) == 0
+    dtype = plan.config.dtype
+    keeps_weights = dtype == torch.float32 or (dtype == plan.source.dtype and is_power_of_two)
+    return compare_logits(
+        plan.source.folder,
+        folder,
+        plan.config,
+        options.check_text,
+        exact=plan.exact and keeps_weights,
+        forced=plan.forced if keeps_weights else None,
+    )
 
 
 def _write_card(plan: Plan, folder: Path, options: Options, conversion: Conversion) -> None:
@@ -204,7 +167,7 @@ def _write_card(plan: Plan, folder: Path, options: Options, conversion: Conversi
     info = {
         "title": f"{plan.config.model_type} converted from {Path(source).name}",
         "base_model": source,
-        "num_parameters": int(plan.num_parameters),
+        "num_parameters": plan.num_parameters,
         "command": options.command,
         "settings": {"source": source, "dtype": options.dtype, **plan.settings},
         "notes": conversion.notes,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from ..errors import CommandError
 from ..modeling_hmoe import HMoEForCausalLM
@@ -25,15 +23,17 @@ in Liberty, and dedicated to the proposition that all men are created equal. Now
 testing whether that nation, or any nation so conceived and so dedicated, can long endure. We are met on a great \
 battle-field of that war. We have come to dedicate a portion of that field, as a final resting place for those who \
 here gave their lives that that nation might live. It is altogether fitting and proper that we should do this."""
+NUM_TOKENS = 128
 TOLERANCE = 1e-4  # of the largest logit
 
 
 @dataclass(frozen=True)
 class ForcedRouting:
-    """For the check only: every token goes to `experts`, each with the gate weight `weight`.
+    """For the check only: every token goes to the same experts.
 
     Attributes:
         experts: per layer.
+        weight: gate weight of each.
         what: this routing in words.
     """
 
@@ -81,28 +81,24 @@ class CheckFailed(CommandError):
     """A conversion that should be exact changed the logits."""
 
 
-def reference_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits [S, V] in fp32 on CPU; the model is freed afterwards."""
-    return _logits(_load(folder), tokens)
-
-
 def compare_logits(
-    source_logits: Tensor,
-    folder: Path,
+    source: Path,
+    target: Path,
     config: PreTrainedConfig,
-    tokens: Tensor,
+    text_file: str | None,
     *,
-    text: str,
     exact: bool,
-    forced: ForcedRouting | None = None,
+    forced: ForcedRouting | None,
 ) -> CheckResult:
-    """Runs the target in `folder` (which may lack config.json: `config` is used) and compares."""
-    model = _load(folder, config)
-    if forced is not None:
-        force_routing(model, forced)
-    target_logits = _logits(model, tokens)
-    del model
-    gc.collect()
+    """Runs the models in two folders, one after the other, on the same tokens.
+
+    Args:
+        config: of the target, whose folder may lack config.json.
+        text_file: what to run on; default: a speech, or random ids without a tokenizer.
+    """
+    tokens, text = _check_tokens(source, config.vocab_size, text_file)
+    source_logits = _logits(source, tokens)
+    target_logits = _logits(target, tokens, config, forced)
     logs, target_logs = source_logits.double().log_softmax(-1), target_logits.double().log_softmax(-1)
     return CheckResult(
         num_tokens=tokens.numel(),
@@ -116,15 +112,16 @@ def compare_logits(
     )
 
 
-def _load(folder: Path, config: PreTrainedConfig | None = None) -> Any:
-    kwargs = {} if config is None else {"config": config}
-    with without_progress_bars():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
-
-
 @torch.no_grad()
-def _logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(input_ids=tokens.unsqueeze(0)).logits[0].float()
+def _logits(
+    folder: Path, tokens: Tensor, config: PreTrainedConfig | None = None, forced: ForcedRouting | None = None
+) -> Tensor:
+    """Logits [S, V] in fp32 on CPU; the model is freed afterwards."""
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    if forced is not None:
+        force_routing(model, forced)
+    return model(input_ids=tokens.unsqueeze(0)).logits[0]
 
 
 def force_routing(model: HMoEForCausalLM, forced: ForcedRouting) -> None:
@@ -139,33 +136,26 @@ def force_routing(model: HMoEForCausalLM, forced: ForcedRouting) -> None:
         layer.router.register_forward_hook(hook)
 
 
-def check_tokens(source: Path, vocab_size: int, text_file: str | None, limit: int = 128) -> tuple[Tensor, str]:
+def _check_tokens(source: Path, vocab_size: int, text_file: str | None) -> tuple[Tensor, str]:
     """Token ids [S] for the check, and what they are: of `text_file`, of a speech, or random without a tokenizer."""
-    text = DEFAULT_TEXT if text_file is None else read_beginning(text_file, 64 * limit)
+    text = DEFAULT_TEXT if text_file is None else read_beginning(text_file, 64 * NUM_TOKENS)
     try:
         tokens = encode(source, text)
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-    ):  # a tokenizer that needs what is not installed must not stop a conversion
+    except (ImportError, OSError, ValueError):
         if text_file is not None:
             raise
-        tokens = None
+        tokens = None  # a tokenizer that needs what is not installed must not stop a conversion
     if tokens is not None and tokens.numel() >= 2 and int(tokens.max()) < vocab_size:
-        return tokens[:limit], "the Gettysburg Address" if text_file is None else Path(text_file).name
+        return tokens[:NUM_TOKENS], "the Gettysburg Address" if text_file is None else Path(text_file).name
     if text_file is not None:
         raise ValueError(f"{text_file} cannot be read as tokens: {source} holds no tokenizer that fits the model")
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab_size, (min(limit, 64),), generator=generator), "random ids"
+    return torch.randint(vocab_size, (64,), generator=torch.Generator().manual_seed(0)), "random ids"
 
 
 def encode(source: Path, text: str) -> Tensor | None:
     """Token ids [S] of `text` by the checkpoint's tokenizer; None if it has none."""
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    from transformers import AutoTokenizer
-
     return torch.tensor(AutoTokenizer.from_pretrained(source)(text)["input_ids"], dtype=torch.long)
 
 

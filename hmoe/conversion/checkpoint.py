@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -24,9 +24,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as INDEX
 from transformers.utils import SAFE_WEIGHTS_NAME as WEIGHTS
 
 from ..sources import local_path, not_found
+from .families import load_source_config
 
 
-SHARD_BYTES = 1 << 29
+SHARD_BYTES = 1 << 28
 
 
 def resolve_source(source: str | os.PathLike) -> Path:
@@ -51,7 +52,8 @@ def resolve_source(source: str | os.PathLike) -> Path:
 class CheckpointReader:
     """The tensors of a checkpoint folder by name, in one safetensors file or many.
 
-    `used` collects the names that were asked for.
+    Attributes:
+        used: names that were asked for.
 
     Raises:
         ValueError: no weights, a missing or broken file, a missing tensor; the message names it.
@@ -60,25 +62,20 @@ class CheckpointReader:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.used: set[str] = set()
-        self._file_of: dict[str, Path] = {}
-        for path, listed in self._find_files().items():
-            names = self._names_in(path)
-            if missing := sorted(set(listed) - set(names)):
-                raise ValueError(f"{path} lacks `{missing[0]}`, which the index lists: download or copy it again")
-            self._file_of.update(dict.fromkeys(listed or names, path))
+        self._file_of = self._find_tensors()
 
-    def _find_files(self) -> dict[Path, list[str]]:
-        """Files of the checkpoint with the tensors that an index lists in them (none without an index)."""
-        if (self.folder / WEIGHTS).is_file():
-            return {self.folder / WEIGHTS: []}
+    def _find_tensors(self) -> dict[str, Path]:
+        """The file of each tensor."""
+        if (path := self.folder / WEIGHTS).is_file():
+            return dict.fromkeys(_names_in(path), path)
         if (self.folder / INDEX).is_file():
-            files: dict[Path, list[str]] = {}
-            for name, file in json.loads((self.folder / INDEX).read_text())["weight_map"].items():
-                files.setdefault(self.folder / file, []).append(name)
-            for path in files:
-                if not path.is_file():
-                    raise ValueError(f"{path} is missing, but {INDEX} lists it: download or copy it again")
-            return files
+            weight_map = json.loads((self.folder / INDEX).read_text())["weight_map"]
+            stored = {file: _names_in(self.folder / file) for file in sorted(set(weight_map.values()))}
+            for name, file in weight_map.items():
+                if name not in stored[file]:
+                    path = self.folder / file
+                    raise ValueError(f"{path} lacks `{name}`, which {INDEX} lists: download or copy it again")
+            return {name: self.folder / file for name, file in weight_map.items()}
         if pickles := sorted(path.name for path in self.folder.glob("*.bin*")):
             raise ValueError(
                 f"{self.folder} holds its weights as pickles ({pickles[0]}), which are not read: save them as "
@@ -86,24 +83,12 @@ class CheckpointReader:
             )
         raise ValueError(f"{self.folder} holds no weights: expected {WEIGHTS} or {INDEX}")
 
-    def _names_in(self, path: Path) -> list[str]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                return list(file.keys())
-        except SafetensorError as error:
-            raise _broken(path, error) from error
-
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
     @property
     def names(self) -> list[str]:
         return sorted(self._file_of)
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the weights on disk."""
-        return sum(path.stat().st_size for path in set(self._file_of.values()))
 
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """One tensor, or its entry `index` along the first dimension, in memory of its own."""
@@ -113,90 +98,117 @@ class CheckpointReader:
                 "incomplete or of another model"
             )
         self.used.add(name)
-        path = self._file_of[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                return (file.get_tensor(name) if index is None else file.get_slice(name)[index]).clone()
-        except SafetensorError as error:
-            raise _broken(path, error) from error
-
-    def dtype(self, name: str) -> torch.dtype:
-        with safe_open(self._file_of[name], framework="pt") as file:
-            stored = file.get_slice(name)
-            return (stored[:1] if stored.get_shape() else file.get_tensor(name)).dtype
-
-    def unused(self) -> list[str]:
-        """Names that nothing asked for; rotary frequencies, which old checkpoints carry, do not count."""
-        return [name for name in self.names if name not in self.used and not name.endswith("rotary_emb.inv_freq")]
+        with _open(self._file_of[name]) as file:
+            return (file.get_tensor(name) if index is None else file.get_slice(name)[index]).clone()
 
 
-def _broken(path: Path, error: Exception) -> ValueError:
-    size = path.stat().st_size if path.exists() else 0
-    return ValueError(
-        f"{path} ({size} bytes) is truncated, corrupt or not safetensors: {error}. Download or copy it again"
-    )
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file; ValueError with its path if it is missing or broken."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, but {INDEX} lists it: download or copy it again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is truncated, corrupt or not safetensors: {error}. Download or "
+            "copy it again"
+        ) from error
 
 
-class CheckpointWriter:
-    """Writes tensors into safetensors files of about `SHARD_BYTES` in `folder`; memory holds those of one file.
+def _names_in(path: Path) -> set[str]:
+    with _open(path) as file:
+        return set(file.keys())
 
-    Use as a context manager; leaving it without an exception writes the last file and the index.
 
-    Args:
-        total_bytes: expected size of all tensors, for the progress bar.
-        progress: show the bar; None shows it on a terminal only.
+class SourceCheckpoint(CheckpointReader):
+    """A checkpoint to convert.
+
+    Attributes:
+        name: a folder or a name on the Hub, as the user gave it.
+        config: its config.
+
+    Raises:
+        ValueError: if it is not there, is damaged, or its model type is not one that `command` reads.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, total_bytes: int | None = None, progress: bool | None = None):
-        self.folder = Path(folder)
-        self.num_bytes = 0
-        self._shards: list[list[str]] = []  # names
-        self._waiting: dict[str, Tensor] = {}
-        disable = None if progress is None else not progress
-        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", disable=disable)
+    def __init__(self, name: str | os.PathLike, model_types: Collection[str], command: str):
+        folder = resolve_source(name)
+        self.name = str(name)
+        self.config: Any = load_source_config(folder, model_types, command)
+        super().__init__(folder)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        if sum(waiting.nbytes for waiting in self._waiting.values()) + tensor.nbytes > SHARD_BYTES:
-            self._write_shard()
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the input embedding."""
+        name = "model.embed_tokens.weight"
+        return self.tensor(next((stored for stored in self.names if name.endswith(stored)), name), 0).dtype
+
+    def refuse_unused(self) -> None:
+        """Raises ValueError if a tensor was not asked for. A copy of tied embeddings and rotary frequencies, which old
+        checkpoints carry, do not count."""
+        spare = ("rotary_emb.inv_freq", *(["lm_head.weight"] if self.config.tie_word_embeddings else []))
+        if unused := [name for name in self.names if name not in self.used and not name.endswith(spare)]:
+            more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+            raise ValueError(
+                f"{self.folder} holds tensors that its config.json does not ask for: {', '.join(unused[:5])}{more}. "
+                "They would be lost: the model is of another kind, or its config is wrong"
+            )
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    total_bytes: int | None = None,
+    progress: bool | None = None,
+) -> int:
+    """Writes tensors into safetensors files of about `SHARD_BYTES`; memory holds those of one file.
+
+    Args:
+        tensors: their names and they, taken one by one.
+        total_bytes: expected size of all tensors, for the progress bar.
+        progress: show the bar; None shows it on a terminal only.
+
+    Returns:
+        The bytes of all tensors.
+    """
+    num_bytes = 0
+    shards: list[tuple[Path, list[str]]] = []
+    disable = None if progress is None else not progress
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="converting", disable=disable) as bar:
+        for shard in _cut(tensors, bar):
+            path = folder / f"shard-{len(shards)}.partial"
+            save_file(shard, path, metadata={"format": "pt"})
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            shards.append((path, list(shard)))
+            num_bytes += sum(tensor.nbytes for tensor in shard.values())
+    weight_map = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
+        os.replace(path, folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return num_bytes
+
+
+def _cut(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[dict[str, Tensor]]:
+    """The tensors in runs of at most `SHARD_BYTES`; a run is emptied before the next is taken."""
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard.clear()
         if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone(memory_format=torch.contiguous_format)  # no part of a larger one is kept or written
-        self._waiting[name] = tensor.detach()
-        self.num_bytes += tensor.nbytes
-        self._bar.update(tensor.nbytes)
-
-    def _write_shard(self) -> None:
-        if not self._waiting:
-            return
-        self._shards.append(list(self._waiting))
-        path = self._partial_path(len(self._shards))
-        save_file(self._waiting, path, metadata={"format": "pt"})
-        self._waiting = {}
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-    def _partial_path(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.partial"
-
-    def finish(self) -> None:
-        """Names the files as Transformers expects them and writes the index."""
-        self._write_shard()
-        count = len(self._shards)
-        weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
-            file_name = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else WEIGHTS
-            os.replace(self._partial_path(number), self.folder / file_name)
-            weight_map.update(dict.fromkeys(names, file_name))
-        if count > 1:
-            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._bar.close()
-        if kind is None:
-            self.finish()
+        shard[name] = tensor.detach()
+        bar.update(tensor.nbytes)
+    if shard:
+        yield shard
 
 
 @contextmanager
@@ -226,11 +238,9 @@ def output_folder(target: str | os.PathLike, source: str | os.PathLike, *, overw
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    replaced = final.with_name(f"{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        replaced = final.with_name(f"{final.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
-        os.rename(partial, final)
-        shutil.rmtree(replaced)
-    else:
-        os.rename(partial, final)
+    os.rename(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)

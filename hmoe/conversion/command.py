@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any, NoReturn
 
 from .. import placement
@@ -25,9 +24,8 @@ from .place import convert_place, read_load
 from .resize import ResizeSettings, convert_resize
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Runs `hmoe convert ...`; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     options = Options(
         dtype=args.dtype,
@@ -68,18 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     conversions = parser.add_subparsers(dest="conversion", required=True, metavar="{moe,dense,resize,export,place}")
     _add(conversions, "moe", "Mixtral, Qwen3-MoE or OLMoE to HMoE: the same logits")
-    dense = _add(
-        conversions, "dense", "Llama, Mistral, Qwen2 or Qwen3 to HMoE: split the FFN into experts, or copy it"
-    )
-    _add_dense_options(dense)
+    dense = "Llama, Mistral, Qwen2 or Qwen3 to HMoE: split the FFN into experts, or copy it"
+    _add_dense_options(_add(conversions, "dense", dense))
     resize = _add(conversions, "resize", "HMoE to HMoE with other expert sizes")
-    _add_resize_options(resize)
+    _add_size_options(resize, "strategy's sizes; default: each layer's sum now")
     export = _add(conversions, "export", "HMoE with Top-K to Mixtral or Qwen3-MoE by zero padding: the same logits")
     export.add_argument(
-        "--to",
-        choices=["auto", *EXPORT_TYPES],
-        default="auto",
-        help="auto: qwen3_moe if the model has qk_norm",
+        "--to", choices=["auto", *EXPORT_TYPES], default="auto", help="auto: qwen3_moe if the model has qk_norm"
     )
     place = _add(conversions, "place", "HMoE to HMoE with the experts ordered for expert parallelism: the same logits")
     place.add_argument("--num_ranks", type=int, required=True, help="ranks that hold the experts (ep_size)")
@@ -115,19 +108,13 @@ def _add_dense_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output_scale", choices=OUTPUT_SCALES, help="scale of a split's output (default: sum)")
     parser.add_argument(
-        "--router",
-        choices=ROUTERS,
-        help="the last two: split, with --calibration_text; default: random",
+        "--router", choices=ROUTERS, help="the last two: split, with --calibration_text; default: random"
     )
     parser.add_argument(
         "--noise", type=float, help="upcycle: noise on the copies, as a share of the weights' deviation"
     )
     parser.add_argument("--reinit_share", type=float, help="upcycle: share of neurons drawn anew (drop-upcycling)")
     _add_size_options(parser, "strategy's sizes; default: the dense width, or widest expert = dense width (upcycle)")
-
-
-def _add_resize_options(parser: argparse.ArgumentParser) -> None:
-    _add_size_options(parser, "strategy's sizes; default: each layer's sum now")
 
 
 def _add_size_options(parser: argparse.ArgumentParser, total: str) -> None:
@@ -145,7 +132,7 @@ def _add_size_options(parser: argparse.ArgumentParser, total: str) -> None:
 class _Retired(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
         parser.error(
-            "--max_shard_gb is gone, weights are written in files of about half a gigabyte: leave it out; "
+            "--max_shard_gb is gone, weights are written in files of about a quarter of a gigabyte: leave it out; "
             "model.save_pretrained(FOLDER, max_shard_size=...) makes files of another size"
         )
 

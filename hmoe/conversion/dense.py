@@ -21,24 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..configuration_hmoe import HMoEConfig
-from ..costs import count_parameters
 from ..sizes import expert_sizes, find_strategy
-from .base import Conversion, Options, Plan, SourceCheckpoint, execute
+from .base import Conversion, Options, Plan, execute
 from .calibration import calibration_tokens, run_layers
 from .check import ForcedRouting
-from .checkpoint import CheckpointReader
-from .families import DENSE_FAMILIES, attention_names, model_names, shared_fields
-from .layout import bank_tensors
+from .checkpoint import SourceCheckpoint
+from .families import DENSE_FAMILIES, shared_fields
+from .layout import ReadExpert, bank_tensors, model_tensors
 from .neurons import (
     cluster_neurons,
     contributions,
     deal_neurons,
     default_multiple,
     fitted_router,
+    layer_generator,
     random_router,
     shuffle_neurons,
     top_neurons,
@@ -94,10 +94,15 @@ class DenseSettings:
     seed: int = 0
 
     def __post_init__(self):
-        _check_choice("method", self.method, METHODS)
-        _check_choice("neurons", self.neurons, NEURONS[self.method])
-        _check_choice("output_scale", self.output_scale, OUTPUT_SCALES)
-        _check_choice("router", self.router, ROUTERS if self.method == "split" else ("random",))
+        choices = {
+            "method": METHODS,
+            "neurons": NEURONS.get(self.method, ()),
+            "output_scale": OUTPUT_SCALES,
+            "router": ROUTERS if self.method == "split" else ("random",),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` must be one of {list(known)}, got {getattr(self, name)!r}")
         if self.method == "split" and (self.noise or self.reinit_share):
             raise ValueError(
                 f"`noise`={self.noise} and `reinit_share`={self.reinit_share} are for `method`='upcycle': a split "
@@ -117,19 +122,6 @@ class DenseSettings:
         return self.neurons in ("activation", "coactivation") or self.router != "random"
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
-
-
-@dataclass
-class _LayerPlan:
-    """Neurons of each expert of a layer and, if it was fitted, its router."""
-
-    parts: list[Tensor]
-    router: Tensor | None = None
-
-
 def convert_dense(
     source: str | Path, target: str | Path, settings: DenseSettings | None = None, options: Options | None = None
 ) -> Conversion:
@@ -140,23 +132,20 @@ def convert_dense(
         ValueError: sizes that do not fit the FFN, with the nearest that do.
     """
     settings = settings or DenseSettings()
-    opened = SourceCheckpoint.open(source, DENSE_FAMILIES, "dense")
-    config = opened.config
-    target_config = hmoe_config_of(config, settings)
+    opened = SourceCheckpoint(source, DENSE_FAMILIES, "dense")
+    target_config = hmoe_config_of(opened.config, settings)
     plan = Plan(
         source=opened,
         config=target_config,
-        tensors=lambda: _tensors(opened.reader, config, target_config, settings),
-        num_parameters=count_parameters(target_config).total,
+        tensors=_tensors(opened, target_config, settings),
         settings={"conversion": "dense", **asdict(settings)},
-        forced=_neutral_routing(target_config, settings, config.intermediate_size),
-        factor=down_scale(target_config, settings),
+        forced=_neutral_routing(target_config, settings, opened.config.intermediate_size),
+        factor=_down_scale(target_config, settings),
     )
     return execute(plan, target, options or Options())
 
 
 def hmoe_config_of(config: PreTrainedConfig, settings: DenseSettings) -> HMoEConfig:
-    fields, _ = shared_fields(config)
     sizes = choose_sizes(settings, config.intermediate_size)
     rows = sizes if isinstance(sizes[0], list) else [sizes]
     for row in rows:
@@ -164,7 +153,7 @@ def hmoe_config_of(config: PreTrainedConfig, settings: DenseSettings) -> HMoECon
     # The papers' coefficients: balance for equal experts, the parameter penalty for unequal ones.
     uniform = all(len(set(row)) == 1 for row in rows)
     return HMoEConfig(
-        **fields,
+        **shared_fields(config),
         expert_intermediate_sizes=sizes,
         num_experts_per_tok=settings.num_experts_per_tok,
         load_balancing_loss_coef=0.01 if uniform else 0.0,
@@ -203,7 +192,7 @@ def _check_row(row: list[int], method: str, width: int) -> None:
         )
 
 
-def down_scale(config: HMoEConfig, settings: DenseSettings) -> int:
+def _down_scale(config: HMoEConfig, settings: DenseSettings) -> int:
     """Factor on `down_proj` that makes up for gate weights of 1 / n; 1 for copies."""
     if settings.method == "upcycle":
         return 1
@@ -214,131 +203,106 @@ def _neutral_routing(config: HMoEConfig, settings: DenseSettings, width: int) ->
     """The routing under which the converted model is the dense one; None if there is none."""
     rows = config.layer_expert_sizes
     if settings.method == "split":
-        weight = 1 / down_scale(config, settings)
+        weight = 1 / _down_scale(config, settings)
         return ForcedRouting([list(range(len(row))) for row in rows], weight, "all experts active, neutral gates")
     if settings.noise or settings.reinit_share or any(max(row) < width for row in rows):
         return None
     return ForcedRouting([[row.index(width)] for row in rows], 1.0, "Top-1 of a full-width expert")
 
 
-def _tensors(
-    reader: CheckpointReader,
-    config: PreTrainedConfig,
-    target: HMoEConfig,
-    settings: DenseSettings,
-) -> Iterator[tuple[str, Tensor]]:
-    _, attention = shared_fields(config)
-    calibrated = _calibrate(reader, config, target, settings) if settings.needs_calibration else None
-    factor = down_scale(target, settings)
-    for layer, sizes in enumerate(target.layer_expert_sizes):
-        yield from _attention_tensors(reader, target, layer, attention.projections_with_bias)
-        generator = _layer_generator(settings, layer)
-        weights = _ffn(reader, layer)
-        layer_plan = calibrated[layer] if calibrated else _plan_layer(settings, sizes, weights, generator)
-        router = layer_plan.router
+def _tensors(source: SourceCheckpoint, target: HMoEConfig, settings: DenseSettings) -> Iterator[tuple[str, Tensor]]:
+    calibrated = _calibrate(source, target, settings) if settings.needs_calibration else {}
+
+    def experts(layer: int) -> Iterator[tuple[str, Tensor]]:
+        sizes, prefix = target.layer_expert_sizes[layer], f"model.layers.{layer}"
+        weights = {part: source.tensor(f"{prefix}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")}
+        weights["down"] = weights["down"].t()
+        generator = layer_generator(settings.seed, layer)
+        parts, router = calibrated.get(layer) or (_choose_neurons(settings, sizes, weights, generator), None)
         if router is None:
-            norm_weight = reader.tensor(f"model.layers.{layer}.post_attention_layernorm.weight")
+            norm_weight = source.tensor(f"{prefix}.post_attention_layernorm.weight")
             router = random_router(norm_weight, len(sizes), ROUTER_LOGIT_STD, generator)
-        yield f"model.layers.{layer}.mlp.gate.weight", router.to(target.dtype)
-        experts = _FfnExperts(weights, layer_plan.parts, settings, generator, factor)
-        yield from bank_tensors(target, layer, experts.read)
-    for name in model_names(target):
-        yield name, reader.tensor(name)
+        yield f"{prefix}.mlp.gate.weight", router.to(target.dtype)
+        read = _expert_reader(weights, parts, _down_scale(target, settings), settings, generator)
+        yield from bank_tensors(target, layer, read)
+
+    yield from model_tensors(source, target, experts)
 
 
-def _attention_tensors(
-    reader: CheckpointReader, target: HMoEConfig, layer: int, biases: tuple[str, ...]
-) -> Iterator[tuple[str, Tensor]]:
-    for name in attention_names(target, layer, biases):
-        yield name, reader.tensor(name)
-    if target.attention_bias and "o_proj" not in biases:
-        name = f"model.layers.{layer}.self_attn.o_proj.bias"
-        yield name, torch.zeros(target.hidden_size, dtype=target.dtype)
+def _choose_neurons(
+    settings: DenseSettings,
+    sizes: Sequence[int],
+    weights: dict[str, Tensor],
+    generator: torch.Generator,
+    activations: Tensor | None = None,
+) -> list[Tensor]:
+    """The neurons of each expert of a layer.
 
-
-def _ffn(reader: CheckpointReader, layer: int) -> dict[str, Tensor]:
-    """`gate`, `up` and `down` of a dense layer, each [I, H]."""
-    weights = {part: reader.tensor(f"model.layers.{layer}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")}
-    return {**weights, "down": weights["down"].t()}
-
-
-def _layer_generator(settings: DenseSettings, layer: int) -> torch.Generator:
-    return torch.Generator().manual_seed(settings.seed * 100_003 + layer)
-
-
-def _plan_layer(
-    settings: DenseSettings, sizes: Sequence[int], weights: dict[str, Tensor], generator: torch.Generator
-) -> _LayerPlan:
-    """Where neurons go by what is known without calibration."""
+    Args:
+        weights: `gate`, `up` and `down` of the FFN, each [I, H].
+        activations: of the neurons on calibration text, [T, I], where the settings ask for them.
+    """
     if settings.neurons == "random":
-        return _LayerPlan(shuffle_neurons(len(weights["gate"]), sizes, generator))
-    return _LayerPlan(_by_importance(settings, weight_importance(**weights), sizes))
-
-
-def _by_importance(settings: DenseSettings, importance: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        return shuffle_neurons(len(weights["gate"]), sizes, generator)
+    if settings.neurons == "magnitude":
+        importance = weight_importance(**weights)
+    else:
+        assert activations is not None
+        if settings.neurons == "coactivation":
+            return cluster_neurons(activations, sizes, generator)
+        importance = contributions(activations, weights["down"]).mean(dim=0)
     if settings.method == "split":
         return deal_neurons(importance, sizes)
     return [top_neurons(importance, size) for size in sizes]
 
 
 def _calibrate(
-    reader: CheckpointReader, config: PreTrainedConfig, target: HMoEConfig, settings: DenseSettings
-) -> dict[int, _LayerPlan]:
+    source: SourceCheckpoint, target: HMoEConfig, settings: DenseSettings
+) -> dict[int, tuple[list[Tensor], Tensor | None]]:
+    """Per layer, the neurons of each expert and, if it is fitted, the router [E, H]."""
     assert settings.calibration_text is not None
-    tokens = calibration_tokens(reader.folder, settings.calibration_text, settings.calibration_tokens)
-    plans: dict[int, _LayerPlan] = {}
+    tokens = calibration_tokens(source.folder, settings.calibration_text, settings.calibration_tokens)
+    found: dict[int, tuple[list[Tensor], Tensor | None]] = {}
 
-    def on_layer(index: int, layer: nn.Module, hidden_states: Tensor) -> None:
-        mlp: Any = layer.mlp
-        sizes = target.layer_expert_sizes[index]
-        neurons = mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states)  # [T, I]
-        down = mlp.down_proj.weight.t()
-        generator = _layer_generator(settings, index)
-        if settings.neurons == "coactivation":
-            plan = _LayerPlan(cluster_neurons(neurons, sizes, generator))
-        elif settings.neurons == "activation":
-            plan = _LayerPlan(_by_importance(settings, contributions(neurons, down).mean(dim=0), sizes))
-        else:
-            weights = {"gate": mlp.gate_proj.weight, "up": mlp.up_proj.weight, "down": down}
-            plan = _plan_layer(settings, sizes, weights, generator)
+    def on_layer(index: int, mlp: Any, hidden_states: Tensor) -> None:
+        activations = mlp.act_fn(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states)  # [T, I]
+        weights = {"gate": mlp.gate_proj.weight, "up": mlp.up_proj.weight, "down": mlp.down_proj.weight.t()}
+        sizes, generator = target.layer_expert_sizes[index], layer_generator(settings.seed, index)
+        parts, router = _choose_neurons(settings, sizes, weights, generator, activations), None
         if settings.router != "random":
             balanced = settings.router == "balanced"
-            plan.router = fitted_router(hidden_states, neurons, down, plan.parts, ROUTER_LOGIT_STD, balanced=balanced)
-        plans[index] = plan
+            router = fitted_router(
+                hidden_states, activations, weights["down"], parts, ROUTER_LOGIT_STD, balanced=balanced
+            )
+        found[index] = parts, router
 
-    run_layers(reader, config, tokens, on_layer)
-    return plans
+    run_layers(source, tokens, on_layer)
+    return found
 
 
-class _FfnExperts:
-    """Reads experts off a dense FFN: chosen neurons, scaled, with noise and re-initialised neurons if asked for."""
+def _expert_reader(
+    weights: dict[str, Tensor],
+    parts: list[Tensor],
+    down_scale: int,
+    settings: DenseSettings,
+    generator: torch.Generator,
+) -> ReadExpert:
+    """Reads experts off a dense FFN: their neurons, scaled, with noise and re-initialised ones if asked for."""
+    shuffled = [torch.randperm(len(part), generator=generator) for part in parts]
+    renewed = [order[: round(settings.reinit_share * len(order))] for order in shuffled]
 
-    def __init__(
-        self,
-        weights: dict[str, Tensor],
-        parts: list[Tensor],
-        settings: DenseSettings,
-        generator: torch.Generator,
-        factor: int,
-    ):
-        self.weights, self.parts = weights, parts
-        self.settings, self.generator, self.factor = settings, generator, factor
-        self.renewed = [self._draw_renewed(len(part)) for part in parts]
+    def normal(shape: Sequence[int], std: float) -> Tensor:
+        return std * torch.randn(*shape, generator=generator)
 
-    def _draw_renewed(self, size: int) -> Tensor:
-        return torch.randperm(size, generator=self.generator)[: round(self.settings.reinit_share * size)]
-
-    def read(self, expert: int, part: str) -> Tensor:
-        dense = self.weights[part]
-        rows = dense[self.parts[expert]]
-        if part == "down" and self.factor != 1:
-            rows = rows * self.factor
-        renewed = self.renewed[expert]
-        if self.settings.noise or len(renewed):
+    def read(expert: int, part: str) -> Tensor:
+        dense, new = weights[part], renewed[expert]
+        rows = dense[parts[expert]]
+        if part == "down" and down_scale != 1:
+            rows = rows * down_scale
+        if settings.noise or len(new):
             std, mean = torch.std_mean(dense.float())
-            rows = rows + self._normal(rows.shape, self.settings.noise * float(std)).to(rows.dtype)
-            rows[renewed] = (mean + self._normal((len(renewed), rows.shape[1]), float(std))).to(rows.dtype)
+            rows = rows + normal(rows.shape, settings.noise * float(std)).to(rows.dtype)
+            rows[new] = (mean + normal((len(new), rows.shape[1]), float(std))).to(rows.dtype)
         return rows
 
-    def _normal(self, shape: Sequence[int], std: float) -> Tensor:
-        return std * torch.randn(*shape, generator=self.generator)
+    return read

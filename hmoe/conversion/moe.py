@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,15 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..configuration_hmoe import HMoEConfig
-from ..costs import count_parameters
-from .base import Conversion, Options, Plan, SourceCheckpoint, execute
-from .checkpoint import CheckpointReader
-from .families import MOE_FAMILIES, CannotConvert, attention_names, model_names, shared_fields
-from .layout import bank_tensors
-
-
-# Checkpoints spell a family's modules as its authors did, or as Transformers does.
-_BLOCKS = dict.fromkeys(family.block for family in MOE_FAMILIES.values())
+from .base import Conversion, Options, Plan, execute
+from .checkpoint import SourceCheckpoint
+from .families import MOE_FAMILIES, CannotConvert, shared_fields
+from .layout import bank_tensors, model_tensors
 
 
 def convert_moe(source: str | Path, target: str | Path, options: Options | None = None) -> Conversion:
@@ -31,14 +26,13 @@ def convert_moe(source: str | Path, target: str | Path, options: Options | None 
     Raises:
         CannotConvert: a config field that HMoE cannot express, with its value and the reason.
     """
-    opened = SourceCheckpoint.open(source, MOE_FAMILIES, "moe")
+    opened = SourceCheckpoint(source, MOE_FAMILIES, "moe")
     config = opened.config
     target_config, notes = hmoe_config_of(config)
     plan = Plan(
         source=opened,
         config=target_config,
-        tensors=lambda: _tensors(opened.reader, config, target_config),
-        num_parameters=count_parameters(target_config).total,
+        tensors=model_tensors(opened, target_config, partial(_experts, opened, target_config)),
         settings={"conversion": "moe"},
         exact=True,
         factor=config.num_experts_per_tok if dense_layers(config) else 1,
@@ -49,7 +43,6 @@ def convert_moe(source: str | Path, target: str | Path, options: Options | None 
 
 def hmoe_config_of(config: PreTrainedConfig) -> tuple[HMoEConfig, list[str]]:
     """The HMoE config that computes the same, and what it cannot carry over that matters in training only."""
-    fields, _ = shared_fields(config)
     top_k = config.num_experts_per_tok
     width = getattr(config, MOE_FAMILIES[config.model_type].width)
     dense = dense_layers(config)
@@ -71,7 +64,7 @@ def hmoe_config_of(config: PreTrainedConfig) -> tuple[HMoEConfig, list[str]]:
     if dense:
         notes.append(f"layers {dense} are dense: {top_k} experts, all of them always active, with a zero router")
     target = HMoEConfig(
-        **fields,
+        **shared_fields(config),
         expert_intermediate_sizes=sizes if dense else sizes[0],
         num_experts_per_tok=top_k,
         norm_topk_prob=getattr(config, "norm_topk_prob", True),
@@ -87,67 +80,39 @@ def dense_layers(config: PreTrainedConfig) -> list[int]:
     return MOE_FAMILIES[config.model_type].dense_layers(config)
 
 
-def _tensors(reader: CheckpointReader, config: PreTrainedConfig, target: HMoEConfig) -> Iterator[tuple[str, Tensor]]:
-    _, attention = shared_fields(config)
-    dense = dense_layers(config)
-    for layer, sizes in enumerate(target.layer_expert_sizes):
-        for name in attention_names(target, layer, attention.projections_with_bias):
-            yield name, reader.tensor(name)
-        if layer in dense:
-            read = _dense_reader(reader, layer, len(sizes))
-            router = torch.zeros(len(sizes), target.hidden_size, dtype=target.dtype)
-        else:
-            read = expert_reader(reader, layer)
-            router = reader.tensor(_router_name(reader, layer))
-        yield f"model.layers.{layer}.mlp.gate.weight", router
-        yield from bank_tensors(target, layer, read)
-    for name in model_names(target):
-        yield name, reader.tensor(name)
+def _experts(source: SourceCheckpoint, target: HMoEConfig, layer: int) -> Iterator[tuple[str, Tensor]]:
+    prefix = f"model.layers.{layer}"
+    num_experts = len(target.layer_expert_sizes[layer])
+    if layer in dense_layers(source.config):
+        router = torch.zeros(num_experts, target.hidden_size, dtype=target.dtype)
+        read = partial(_read_dense, source, f"{prefix}.mlp", num_experts)
+    else:
+        # Checkpoints spell the names as the family's authors do, or as Transformers does in memory.
+        blocks = (f"{prefix}.{MOE_FAMILIES[source.config.model_type].block}", f"{prefix}.mlp")
+        block = next((name for name in blocks if f"{name}.gate.weight" in source), blocks[0])
+        router = source.tensor(f"{block}.gate.weight")
+        is_fused = f"{block}.experts.gate_up_proj" in source
+        read = partial(_read_fused if is_fused else _read_single, source, f"{block}.experts")
+    yield f"{prefix}.mlp.gate.weight", router
+    yield from bank_tensors(target, layer, read)
 
 
-def _router_name(reader: CheckpointReader, layer: int) -> str:
-    names = [f"model.layers.{layer}.{block}.gate.weight" for block in _BLOCKS]
-    return next((name for name in names if name in reader), names[-1])
-
-
-def expert_reader(reader: CheckpointReader, layer: int) -> Callable[[int, str], Tensor]:
-    """Reads an expert's `gate`, `up` or `down` [I, H], whichever way the checkpoint spells them."""
-    for block in _BLOCKS:
-        prefix = f"model.layers.{layer}.{block}.experts"
-        if f"{prefix}.gate_up_proj" in reader:
-            return partial(_read_fused, reader, prefix)
-        for family in MOE_FAMILIES.values():
-            if f"{prefix}.0.{family.parts['gate']}.weight" in reader:
-                return partial(_read_single, reader, prefix, family.parts)
-    raise ValueError(
-        f"{reader.folder} holds no experts for layer {layer}: expected "
-        f"`model.layers.{layer}.mlp.experts.gate_up_proj`, or tensors of each expert under `mlp.experts` or "
-        "`block_sparse_moe.experts`"
-    )
-
-
-def _read_fused(reader: CheckpointReader, prefix: str, expert: int, part: str) -> Tensor:
+def _read_fused(source: SourceCheckpoint, prefix: str, expert: int, part: str) -> Tensor:
     if part == "down":
-        return _neuron_rows(reader.tensor(f"{prefix}.down_proj", expert), part)
-    gate, up = reader.tensor(f"{prefix}.gate_up_proj", expert).chunk(2)
+        return source.tensor(f"{prefix}.down_proj", expert).t()
+    gate, up = source.tensor(f"{prefix}.gate_up_proj", expert).chunk(2)
     return gate if part == "gate" else up
 
 
-def _read_single(reader: CheckpointReader, prefix: str, parts: Mapping[str, str], expert: int, part: str) -> Tensor:
-    return _neuron_rows(reader.tensor(f"{prefix}.{expert}.{parts[part]}.weight"), part)
-
-
-def _neuron_rows(weight: Tensor, part: str) -> Tensor:
-    """[I, H] from a linear layer's weight: `down` is stored as [H, I]."""
+def _read_single(source: SourceCheckpoint, prefix: str, expert: int, part: str) -> Tensor:
+    name = MOE_FAMILIES[source.config.model_type].parts[part]
+    weight = source.tensor(f"{prefix}.{expert}.{name}.weight")
     return weight.t() if part == "down" else weight
 
 
-def _dense_reader(reader: CheckpointReader, layer: int, num_experts: int) -> Callable[[int, str], Tensor]:
-    """Equal parts of a dense FFN; `down` is scaled because each part gets the weight 1 / num_experts."""
-
-    def read(expert: int, part: str) -> Tensor:
-        weight = _neuron_rows(reader.tensor(f"model.layers.{layer}.mlp.{part}_proj.weight"), part)
-        rows = weight.chunk(num_experts)[expert]
-        return rows * num_experts if part == "down" else rows
-
-    return read
+def _read_dense(source: SourceCheckpoint, prefix: str, num_experts: int, expert: int, part: str) -> Tensor:
+    """Of a dense FFN in equal parts; `down` is scaled because each part gets the weight 1 / num_experts."""
+    weight = source.tensor(f"{prefix}.{part}_proj.weight")
+    if part == "down":
+        return weight.t().chunk(num_experts)[expert] * num_experts
+    return weight.chunk(num_experts)[expert]

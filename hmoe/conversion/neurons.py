@@ -15,6 +15,10 @@ from torch import Tensor
 CLUSTER_FEATURES = 128
 
 
+def layer_generator(seed: int, layer: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 100_003 + layer)
+
+
 def weight_importance(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """[I]: product of the norms of a neuron's three weight rows."""
     return gate.float().norm(dim=1) * up.float().norm(dim=1) * down.float().norm(dim=1)

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..configuration_hmoe import HMoEConfig
-from ..costs import count_parameters
 from ..placement import best_method, place_layers, reorder_config
-from .base import Conversion, Options, Plan, SourceCheckpoint, execute
-from .checkpoint import CheckpointReader
+from .base import Conversion, Options, Plan, execute
+from .checkpoint import SourceCheckpoint
+from .layout import tile_ranges
 
 
 _MOE_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate|experts)\.(?!act_fn\.)")
@@ -44,7 +43,7 @@ def convert_place(
         ValueError: a placement that cannot be; the message names the remedy.
     """
     options = options or Options()
-    opened = SourceCheckpoint.open(source, ("hmoe",), "place")
+    opened = SourceCheckpoint(source, ("hmoe",), "place")
     config = opened.config
     sizes = config.layer_expert_sizes
     method = method or best_method(sizes, num_ranks)
@@ -54,12 +53,10 @@ def convert_place(
     if options.check and not any(name.endswith("ForCausalLM") for name in config.architectures or ["HMoEForCausalLM"]):
         options = replace(options, check=False)
         notes.append("not checked: the model has no language model head to compare")
-    target_config = reorder_config(config, orders)
     plan = Plan(
         source=opened,
-        config=target_config,
-        tensors=lambda: _tensors(opened.reader, config, orders),
-        num_parameters=count_parameters(target_config).total,
+        config=reorder_config(config, orders),
+        tensors=_tensors(opened, orders),
         settings={"conversion": "place", "num_ranks": num_ranks, "method": method, "load": load and str(load)},
         exact=True,
         notes=notes,
@@ -80,22 +77,16 @@ def read_load(path: str | Path) -> list[list[float]]:
     raise ValueError(f"{path} holds no `load`: train with `router_metrics` 'brief' or 'per_layer'")
 
 
-def _tensors(
-    reader: CheckpointReader, config: HMoEConfig, orders: Sequence[Sequence[int]]
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(source: SourceCheckpoint, orders: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the source, those of routers and experts with their first dimension reordered."""
-    assert config.expert_tile_size is not None  # filled in when the config was made
-    for name in reader.names:
-        tensor = reader.tensor(name)
+    config = source.config
+    for name in source.names:
+        tensor = source.tensor(name)
         if match := _MOE_TENSOR.search(name):
             layer = int(match[1])
             order = list(orders[layer])
             if match[2] == "experts":
-                order = _tile_order(config.layer_expert_sizes[layer], config.expert_tile_size, order)
+                tiles = tile_ranges(config.layer_expert_sizes[layer], config.expert_tile_size)
+                order = [tile for expert in order for tile in range(*tiles[expert])]
             tensor = tensor[order]
         yield name, tensor
-
-
-def _tile_order(sizes: Sequence[int], tile: int, order: Sequence[int]) -> list[int]:
-    starts = [sum(sizes[:expert]) // tile for expert in range(len(sizes))]
-    return [starts[expert] + i for expert in order for i in range(sizes[expert] // tile)]

@@ -7,24 +7,23 @@ spread like the expert's own, so that `down` learns from the first step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..configuration_hmoe import HMoEConfig
 from ..costs import count_parameters
 from ..routing_hmoe import router_parameter_names
 from ..sizes import expert_sizes
-from .base import Conversion, Options, Plan, SourceCheckpoint, execute
+from .base import Conversion, Options, Plan, execute
 from .calibration import calibration_tokens, run_layers
-from .checkpoint import CheckpointReader
-from .families import attention_names, model_names
-from .layout import bank_tensors, read_banks, unpack_expert
-from .neurons import contributions, default_multiple, top_neurons, weight_importance
+from .checkpoint import SourceCheckpoint
+from .layout import bank_tensors, model_tensors, read_banks, unpack_expert
+from .neurons import contributions, default_multiple, layer_generator, top_neurons, weight_importance
 
 
 @dataclass(frozen=True)
@@ -64,16 +63,16 @@ def convert_resize(
     Raises:
         ValueError: sizes that do not fit the model's layers or experts.
     """
-    opened = SourceCheckpoint.open(source, ("hmoe",), "resize")
-    config, reader = opened.config, opened.reader
-    importance = _importance(reader, config, settings)
+    opened = SourceCheckpoint(source, ("hmoe",), "resize")
+    config = opened.config
+    importance = _importance(opened, settings)
     sizes = new_sizes(config, settings, importance)
     target_config = _with_sizes(config, sizes)
+    experts = partial(_experts, opened, target_config, importance, settings.seed)
     plan = Plan(
         source=opened,
         config=target_config,
-        tensors=lambda: _tensors(reader, config, target_config, importance, settings.seed),
-        num_parameters=count_parameters(target_config).total,
+        tensors=model_tensors(opened, target_config, experts),
         settings={"conversion": "resize", **asdict(settings)},
         exact=all(new >= old for rows in zip(sizes, config.layer_expert_sizes) for new, old in zip(*rows)),
         notes=[_describe_change(config, target_config)],
@@ -82,11 +81,9 @@ def convert_resize(
 
 
 def _with_sizes(config: HMoEConfig, sizes: list[list[int]]) -> HMoEConfig:
-    fields = deepcopy(config.to_dict())
-    for name in ("expert_tile_size", "model_type", "auto_map", "architectures", "dtype"):
-        fields.pop(name, None)
-    uniform = all(row == sizes[0] for row in sizes)
-    return HMoEConfig(**{**fields, "expert_intermediate_sizes": sizes[0] if uniform else sizes})
+    same = all(row == sizes[0] for row in sizes)
+    changed = {"expert_intermediate_sizes": sizes[0] if same else sizes, "expert_tile_size": None}
+    return type(config).from_dict({**config.to_dict(), **changed})
 
 
 def _describe_change(config: HMoEConfig, target: HMoEConfig) -> str:
@@ -124,34 +121,34 @@ def _ranked_sizes(settings: ResizeSettings, row: list[int], importance: list[Ten
     return [ranked[expert] for expert in range(len(row))]
 
 
-def _importance(reader: CheckpointReader, config: HMoEConfig, settings: ResizeSettings) -> list[list[Tensor]]:
+def _importance(source: SourceCheckpoint, settings: ResizeSettings) -> list[list[Tensor]]:
     """Per layer and expert: importance of each neuron [I]."""
+    config = source.config
     if settings.calibration_text is None:
         # Made before the weights are read: small tensors that stay behind large ones keep their pages from the system.
         importance = [[torch.empty(size) for size in sizes] for sizes in config.layer_expert_sizes]
         for layer, scores_of_layer in enumerate(importance):
-            for kept, computed in zip(scores_of_layer, _weight_importance(reader, config, layer)):
+            for kept, computed in zip(scores_of_layer, _weight_importance(source, layer)):
                 kept.copy_(computed)
         return importance
-    tokens = calibration_tokens(reader.folder, settings.calibration_text, settings.calibration_tokens)
+    tokens = calibration_tokens(source.folder, settings.calibration_text, settings.calibration_tokens)
     scores: dict[int, list[Tensor]] = {}
 
-    def on_layer(index: int, layer: nn.Module, hidden_states: Tensor) -> None:
-        scores[index] = _routed_contributions(layer.mlp, hidden_states, config, index)
+    def on_layer(index: int, mlp: Any, hidden_states: Tensor) -> None:
+        scores[index] = _routed_contributions(mlp, hidden_states, config.layer_expert_sizes[index])
 
-    run_layers(reader, config, tokens, on_layer)
+    run_layers(source, tokens, on_layer)
     return [scores[layer] for layer in range(config.num_hidden_layers)]
 
 
-def _weight_importance(reader: CheckpointReader, config: HMoEConfig, layer: int) -> list[Tensor]:
-    banks, sizes = read_banks(reader, layer), config.layer_expert_sizes[layer]
+def _weight_importance(source: SourceCheckpoint, layer: int) -> list[Tensor]:
+    banks, sizes = read_banks(source, layer), source.config.layer_expert_sizes[layer]
     experts = (unpack_expert(banks, sizes, expert) for expert in range(len(sizes)))
     return [weight_importance(**expert) for expert in experts]
 
 
-def _routed_contributions(mlp: Any, hidden_states: Tensor, config: HMoEConfig, index: int) -> list[Tensor]:
+def _routed_contributions(mlp: Any, hidden_states: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Per expert: mean over all tokens of gate weight times contribution of each neuron [I]."""
-    sizes = config.layer_expert_sizes[index]
     _, weights, chosen = mlp.gate(hidden_states)  # [T, K] each
     scores = []
     for expert in range(len(sizes)):
@@ -164,49 +161,23 @@ def _routed_contributions(mlp: Any, hidden_states: Tensor, config: HMoEConfig, i
     return scores
 
 
-def _tensors(
-    reader: CheckpointReader,
-    config: HMoEConfig,
-    target: HMoEConfig,
-    importance: list[list[Tensor]],
-    seed: int,
+def _experts(
+    source: SourceCheckpoint, target: HMoEConfig, importance: list[list[Tensor]], seed: int, layer: int
 ) -> Iterator[tuple[str, Tensor]]:
-    biases = ("q_proj", "k_proj", "v_proj", "o_proj") if config.attention_bias else ()
-    for layer, sizes in enumerate(target.layer_expert_sizes):
-        names = attention_names(config, layer, biases)
-        gate = f"model.layers.{layer}.mlp.gate"
-        names += [f"{gate}.{name}" for name in router_parameter_names(config)]
-        for name in names:
-            yield name, reader.tensor(name)
-        resized = _Resized(reader, config, layer, sizes, importance[layer], seed)
-        yield from bank_tensors(target, layer, resized.read)
-    for name in model_names(config):
-        yield name, reader.tensor(name)
+    for parameter in router_parameter_names(source.config):
+        name = f"model.layers.{layer}.mlp.gate.{parameter}"
+        yield name, source.tensor(name)
+    banks, old_sizes = read_banks(source, layer), source.config.layer_expert_sizes[layer]
+    generator = layer_generator(seed, layer)
 
-
-class _Resized:
-    """Reads the experts of a layer at their new sizes."""
-
-    def __init__(
-        self,
-        reader: CheckpointReader,
-        config: HMoEConfig,
-        layer: int,
-        sizes: list[int],
-        importance: list[Tensor],
-        seed: int,
-    ):
-        self.banks = read_banks(reader, layer)
-        self.old_sizes = config.layer_expert_sizes[layer]
-        self.sizes, self.importance = sizes, importance
-        self.generator = torch.Generator().manual_seed(seed * 100_003 + layer)
-
-    def read(self, expert: int, part: str) -> Tensor:
-        rows = unpack_expert(self.banks, self.old_sizes, expert)[part]
-        added = self.sizes[expert] - len(rows)
+    def read(expert: int, part: str) -> Tensor:
+        rows, size = unpack_expert(banks, old_sizes, expert)[part], target.layer_expert_sizes[layer][expert]
+        added = size - len(rows)
         if added <= 0:
-            return rows[top_neurons(self.importance[expert], self.sizes[expert])]
+            return rows[top_neurons(importance[layer][expert], size)]
         new = torch.zeros(added, rows.shape[1])
         if part != "down":
-            new.normal_(0.0, float(rows.float().std()), generator=self.generator)
+            new.normal_(0.0, float(rows.float().std()), generator=generator)
         return torch.cat([rows, new.to(rows.dtype)])
+
+    yield from bank_tensors(target, layer, read)

@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,20 +24,12 @@ from hmoe.routers import routed_layers
 from hmoe.sources import read_texts
 
 from .difficulty import difficulty
-from .loading import Loader, Source, find_sources
-from .observe import batches, check_same_tokenizer, observe, step_of, windows
+from .loading import Checkpoint, check_same_tokenizer, find_checkpoints
+from .observe import batches, observe, windows
 from .report import headline, write_report
 from .stability import RouteSample, stability
 from .statistics import RoutingStatistics
-from .tokens import (
-    TokenLosses,
-    TokenRoutes,
-    activation_share,
-    kl_divergence,
-    pool_by_size,
-    top_tokens,
-    wasserstein,
-)
+from .tokens import TokenLosses, TokenRoutes, example_tokens, similarity, top_tokens
 
 
 GROUND_METRICS = ("discrete", "embedding")
@@ -82,37 +73,29 @@ class Settings:
     )
     progress: bool = True
 
-    @property
-    def loader(self) -> Loader:
-        return Loader(self.dtype, self.device, self.trust_remote_code)
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "stability_tokens", "min_count", "top_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if self.window is not None and self.window < 2:
+            raise ValueError(f"`window` must be at least 2 tokens, so that one is predicted, got {self.window}")
+        if self.ground_metric not in GROUND_METRICS:
+            raise ValueError(f"`ground_metric` must be 'discrete' or 'embedding', got {self.ground_metric!r}")
 
 
 @dataclass
 class ModelRun:
-    """One model after its pass over the text; a dense one has no routes.
+    """One checkpoint after its pass over the text: its numbers, and what is compared between tokens and runs."""
 
-    `scores` are those of [`hmoe.metrics.held_out_metrics`].
-    """
-
-    name: str
-    model_type: str
-    parameters: int
-    scores: dict[str, float]
+    checkpoint: Checkpoint
+    summary: dict[str, Any]
     losses: TokenLosses
-    routing: RoutingStatistics | None
     routes: TokenRoutes | None
     sample: RouteSample | None
     embedding: Tensor | None
 
-    def summary(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "model_type": self.model_type,
-            "parameters": self.parameters,
-            **{name: self.scores[name] for name in ("loss", "perplexity", "accuracy")},
-            "predicted_tokens": int(self.losses.count.sum()),
-            "routing": None if self.routing is None else self.routing.summary(),
-        }
+    def checkpoint_summary(self) -> dict[str, Any]:
+        return {**self.summary, "path": self.checkpoint.path, "step": self.checkpoint.step}
 
 
 def analyze(
@@ -136,70 +119,58 @@ def analyze(
             checkpoints of other models.
     """
     settings = settings or Settings()
-    _check(settings)
-    source, against_source, earlier = find_sources(model, settings.peft, baseline, checkpoints)
-    others = [*earlier, *([against_source] if against_source else [])]
-    tokenizer = settings.loader.tokenizer(source)
-    _check_tokenizers(settings.loader, tokenizer, source, against_source, earlier)
-    window = settings.window or min(512, *map(settings.loader.context, [source, *others]))
+    source, against, earlier = find_checkpoints(
+        model, settings.peft, baseline, checkpoints, settings.trust_remote_code
+    )
+    tokenizer = source.tokenizer()
+    others = [*([against] if against else []), *earlier]
+    for other in others:
+        # Trainers need not save the tokenizer beside every checkpoint.
+        folder = Path(other.model)
+        if other is against or not folder.is_dir() or any(folder.glob("tokenizer*")):
+            check_same_tokenizer(tokenizer, other.tokenizer(), (source.model, other.model))
+    window = settings.window or min(512, *(checkpoint.context() for checkpoint in (source, *others)))
 
     def rows() -> Iterator[list[int]]:
         return windows(read_texts(data), tokenizer, window, settings.max_tokens)
 
     next(rows())  # text that is too short is refused before a model is loaded
     whole = _run(source, rows, settings, wants=("routes", "sample") if earlier else ("routes",))
-    against = _run(against_source, rows, settings, wants=()) if against_source else None
-    runs = [_run(checkpoint, rows, settings, wants=("sample",)) for checkpoint in earlier]
-    history = [*runs, whole] if runs else []
+    against_run = _run(against, rows, settings, wants=()) if against else None
+    history = [_run(checkpoint, rows, settings, wants=("sample",)) for checkpoint in earlier]
+    if history:
+        history.append(whole)
+    samples = [(run.checkpoint.name, run.sample) for run in history if run.sample]
+    reported = ("batch_size", "max_tokens", "min_count", "ground_metric", "dtype", "peft")
     return {
-        "settings": {"data": [str(path) for path in data], "window": window, **_reported(settings)},
-        "model": _checkpoint_summary(whole, source),
-        "baseline": None if against is None else against.summary(),
-        "tokens": _token_results(whole, against, tokenizer, settings),
-        "checkpoints": [_checkpoint_summary(run, place) for run, place in zip(history, [*earlier, source])],
-        "stability": stability([run.name for run in history], [run.sample for run in history]) if history else None,  # type: ignore[misc]
+        "settings": {
+            "data": [str(path) for path in data],
+            "window": window,
+            **{name: getattr(settings, name) for name in reported},
+        },
+        "model": whole.checkpoint_summary(),
+        "baseline": against_run.summary if against_run else None,
+        "tokens": _token_results(whole, against_run, tokenizer, settings),
+        "checkpoints": [run.checkpoint_summary() for run in history],
+        "stability": stability(samples) if samples else None,
     }
 
 
-def _check(settings: Settings) -> None:
-    for name in ("batch_size", "stability_tokens", "min_count", "top_tokens"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(settings, name)}")
-    if settings.window is not None and settings.window < 2:
-        raise ValueError(f"`window` must be at least 2 tokens, so that one is predicted, got {settings.window}")
-    if settings.ground_metric not in GROUND_METRICS:
-        raise ValueError(f"`ground_metric` must be 'discrete' or 'embedding', got {settings.ground_metric!r}")
-
-
-def _reported(settings: Settings) -> dict[str, Any]:
-    names = ("batch_size", "max_tokens", "min_count", "ground_metric", "dtype", "peft")
-    return {name: value for name, value in asdict(settings).items() if name in names}
-
-
-def _check_tokenizers(
-    loader: Loader, tokenizer: Any, source: Source, baseline: Source | None, earlier: Sequence[Source]
-) -> None:
-    for other in [*([baseline] if baseline else []), *earlier]:
-        # Trainers need not save the tokenizer beside every checkpoint.
-        if other != baseline and Path(other.model).is_dir() and not list(Path(other.model).glob("tokenizer*")):
-            continue
-        check_same_tokenizer(tokenizer, loader.tokenizer(other), (source.model, other.model))
-
-
 def _run(
-    source: Source, rows: Callable[[], Iterator[list[int]]], settings: Settings, *, wants: Sequence[str]
+    checkpoint: Checkpoint, rows: Callable[[], Iterator[list[int]]], settings: Settings, *, wants: Sequence[str]
 ) -> ModelRun:
-    network = settings.loader.network(source)
-    shape = moe_costs(network) if wants or routed_layers(network) else None
+    network = checkpoint.network(settings.dtype, settings.device)
+    costs = moe_costs(network) if wants or routed_layers(network) else None
     vocab_size = network.config.get_text_config().vocab_size
     scores, losses = held_out_metrics(), TokenLosses(vocab_size)
-    routing = RoutingStatistics(shape) if shape else None
-    routes = TokenRoutes(shape, vocab_size) if shape and "routes" in wants else None
-    sample = (
-        RouteSample(list(map(len, shape.sizes)), settings.stability_tokens) if shape and "sample" in wants else None
-    )
+    routing = routes = sample = None
+    if costs:
+        routing = RoutingStatistics(costs)
+        routes = TokenRoutes(costs, vocab_size) if "routes" in wants else None
+        sample = RouteSample(list(map(len, costs.sizes)), settings.stability_tokens) if "sample" in wants else None
+    tables: list[Any] = [table for table in (losses, routing, routes, sample) if table is not None]
     with tqdm(
-        desc=f"reading with {source.name}",
+        desc=f"reading with {checkpoint.name}",
         total=settings.max_tokens,
         unit="tok",
         unit_scale=True,
@@ -207,64 +178,38 @@ def _run(
     ) as bar:
         for seen in observe(network, batches(rows(), settings.batch_size)):
             scores.add_batch(**seen.scored())
-            for sums in (losses, routing, routes, sample):
-                if sums is not None:
-                    sums.update(seen)
+            for table in tables:
+                table.update(seen)
             bar.update(seen.input_ids.numel())
-    embedding = network.get_input_embeddings().weight.detach().float().cpu()
-    return ModelRun(
-        name=source.name,
-        model_type=network.config.model_type,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        scores=scores.compute(),
-        losses=losses,
-        routing=routing,
-        routes=routes,
-        sample=sample,
-        embedding=embedding if settings.ground_metric == "embedding" and routes is not None else None,
-    )
-
-
-def _checkpoint_summary(run: ModelRun, source: Source) -> dict[str, Any]:
-    return {**run.summary(), "path": source.path, "step": step_of(source.path)}
+    summary = {
+        "name": checkpoint.name,
+        "model_type": network.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        **scores.compute(),
+        "predicted_tokens": int(losses.count.sum()),
+        "routing": routing.summary() if routing else None,
+    }
+    is_needed = routes and settings.ground_metric == "embedding"
+    embedding = network.get_input_embeddings().weight.detach().float().cpu() if is_needed else None
+    return ModelRun(checkpoint, summary, losses, routes, sample, embedding)
 
 
 def _token_results(run: ModelRun, baseline: ModelRun | None, tokenizer: Any, settings: Settings) -> dict[str, Any]:
-    assert run.routes is not None
-    top = top_tokens(run.routes, settings.top_tokens, settings.min_count)
-    for row in top:
+    routes = run.routes
+    assert routes is not None
+    top = top_tokens(routes, settings.top_tokens, settings.min_count)
+    examples = example_tokens(routes, settings.min_count)
+    for row in [*top, examples]:
         row["tokens"] = [readable(tokenizer, token) for token in row["ids"]]
     return {
-        "layers": run.routes.layers,
-        "loss_and_size": run.routes.loss_and_size(),
+        "layers": routes.layers,
+        "loss_and_size": routes.loss_and_size(),
         "top_tokens": top,
-        "examples": _examples(run, tokenizer, settings.min_count),
-        "similarity": _similarity(run, settings),
+        "examples": examples,
+        "similarity": {"ground_metric": settings.ground_metric, **similarity(routes, run.embedding)},
         "difficulty": difficulty(
-            run.losses,
-            baseline.losses if baseline else None,
-            run.routes,
-            settings.thresholds,
-            settings.min_count,
+            run.losses, baseline.losses if baseline else None, routes, settings.thresholds, settings.min_count
         ),
-    }
-
-
-def _examples(run: ModelRun, tokenizer: Any, min_count: int, num_each: int = 8) -> dict[str, Any]:
-    """The types whose experts are smallest and widest on average, and the most frequent ones between them."""
-    assert run.routes is not None
-    table, sizes = pool_by_size(run.routes.activations, run.routes.kept_sizes)
-    frequent = (run.routes.occurrences >= min_count).nonzero().squeeze(1)
-    widths = table.new_tensor(sizes)
-    mean = (table[frequent] @ widths) / table[frequent].sum(1)
-    order = frequent[mean.argsort()].tolist()
-    ids = list(dict.fromkeys([*order[:num_each], *order[-num_each:]]))
-    return {
-        "sizes": sizes,
-        "ids": ids,
-        "tokens": [readable(tokenizer, token) for token in ids],
-        "occurrences": run.routes.occurrences[ids].tolist(),
-        "shares": activation_share(run.routes, ids),
     }
 
 
@@ -272,31 +217,6 @@ def readable(tokenizer: Any, token: int) -> str:
     """A token as text, its leading space as `_`, which the paper uses too."""
     text = tokenizer.decode([token])
     return ("_" + text[1:] if text.startswith(" ") else text).replace("\n", "\\n")
-
-
-def _similarity(run: ModelRun, settings: Settings) -> dict[str, Any]:
-    assert run.routes is not None
-    layers: list[dict[str, Any]] = []
-    for layer, table, sizes in zip(run.routes.layers, run.routes.activations, run.routes.kept_sizes):
-        distance, divergence = wasserstein(table, run.embedding), kl_divergence(table)
-        layers.append({"layer": layer, "sizes": sizes, "wasserstein": distance, "kl": divergence})
-    mean = None
-    if all(layer["sizes"] == layers[0]["sizes"] for layer in layers):
-        stacked = {kind: torch.stack([layer[kind] for layer in layers]).nanmean(0) for kind in ("wasserstein", "kl")}
-        mean = {"sizes": layers[0]["sizes"], **stacked}
-    result = {"ground_metric": settings.ground_metric, "layers": layers, "mean": mean}
-    return _without_nan(result)
-
-
-def _without_nan(value: Any) -> Any:
-    """Tensors as lists, with None for NaN, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _without_nan(value.tolist())
-    return None if isinstance(value, float) and value != value else value
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,5 @@
-"""Pictures of the routing: load, balance, confidence, co-activation, and their course over checkpoints.
+"""Pictures of the routing: load, balance, confidence, co-activation, tokens and experts, and their course over
+checkpoints.
 
 Every function takes frames of [`hmoe.eval.frames`] and returns a matplotlib figure, or None where there is nothing to
 draw; draw within `rc_context(STYLE)`. Colours differ under every kind of colour blindness (Okabe-Ito, cividis);
@@ -7,6 +8,7 @@ experts stand in the order of their size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ from cycler import cycler
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
+
+from hmoe.heat_map import MOST_NUMBERS, draw_load
 
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -33,19 +37,19 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 110,
     "text.parse_math": False,  # names and tokens may hold $
 }
-MAX_ANNOTATED = 16  # columns of a heat map beyond which cells have no numbers
+MIN_TYPES = 20  # fewer difficult types make no picture
+MIN_TOKENS = 30  # fewer tokens make no point
+SELECTION_LABELS = {
+    "baseline": "by the baseline's loss (MoDSE)",
+    "model": "by the model's loss",
+    "both": "by the mean of both (symmetric)",
+    "held_out": "by the baseline's loss on the other half",
+}
 
 
 def new_figure(columns: int = 1, width: float = 5.6, height: float = 4.0) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * columns, height))
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def expert_labels(experts: pd.DataFrame) -> list[str]:
-    """Sizes of one layer's experts, with ids where a size alone does not tell experts apart."""
-    if experts["size"].is_unique:
-        return [str(size) for size in experts["size"]]
-    return [f"{size} (#{expert})" for size, expert in zip(experts["size"], experts["expert"])]
 
 
 def set_expert_ticks(axes: Axes, labels: list[str], *, both: bool = False) -> None:
@@ -64,13 +68,25 @@ def heat_map(axes: Axes, values: np.ndarray, label: str, form: str = ".0f", vmin
     axes.set_facecolor("#d9d9d9")
     image = axes.imshow(values, vmin=vmin)
     axes.figure.colorbar(image, ax=axes, label=label)
-    if values.shape[1] > MAX_ANNOTATED or len(values) > 2 * MAX_ANNOTATED:
+    if values.shape[1] > MOST_NUMBERS or len(values) > 2 * MOST_NUMBERS:
         return
     luminance = np.array(image.cmap(image.norm(values)))[..., :3] @ [0.299, 0.587, 0.114]
     for (y, x), value in np.ndenumerate(values):
         if not np.isnan(value):
             colour = "white" if luminance[y, x] < 0.5 else "black"
             axes.text(x, y, format(value, form), ha="center", va="center", fontsize=7, color=colour)
+
+
+def pair_map(axes: Axes, values: Any, sizes: Sequence[int], label: str, vmin: float | None = None) -> None:
+    """Draws a matrix [E, E] of pairs of one layer's experts, smallest first, without its diagonal."""
+    experts = sorted(range(len(sizes)), key=lambda expert: sizes[expert])
+    labels = [str(sizes[expert]) for expert in experts]
+    if len(set(labels)) < len(labels):  # sizes alone do not tell experts apart
+        labels = [f"{size} (#{expert})" for size, expert in zip(labels, experts)]
+    values = np.array(values, dtype=float)[np.ix_(experts, experts)]
+    np.fill_diagonal(values, np.nan)
+    heat_map(axes, values, label, ".2f", vmin)
+    set_expert_ticks(axes, labels, both=True)
 
 
 def from_zero(axes: Axes) -> None:
@@ -81,8 +97,8 @@ def from_zero(axes: Axes) -> None:
 def plain_log_scale(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def plot_layers(axes: Axes, layers: pd.DataFrame, column: str, label: str | None = None) -> None:
@@ -94,31 +110,22 @@ def plot_layers(axes: Axes, layers: pd.DataFrame, column: str, label: str | None
 
 def load_figure(experts: pd.DataFrame, sizes: pd.DataFrame) -> Figure:
     """Load by layer and expert, and activations by size (HMoE Fig. 3 right, 6 and 7)."""
-    experts = experts.loc[["model"]].sort_values(["layer", "size", "expert"])
-    columns = experts.groupby("layer").cumcount()
-    load = experts.assign(column=columns).pivot(index="layer", columns="column", values="load")
-    figure, (left, right) = new_figure(2, height=max(3.6, 1.6 + 0.24 * len(load)))
-    heat_map(left, 100 * load.to_numpy(float), "tokens that activate the expert [%]", vmin=0)
+    layers = experts.loc[["model"]].groupby("layer")[["load", "size"]].agg(list)
+    figure, (left, right) = new_figure(2, height=max(3.6, 1.6 + 0.24 * len(layers)))
+    image = draw_load(left, layers["load"].tolist(), layers["size"].tolist())
+    figure.colorbar(image, ax=left, label="tokens that activate the expert", format=PercentFormatter(1))
     left.set(ylabel="MoE layer", title="Load by layer and expert")
-    if experts.groupby("layer")["size"].agg(tuple).nunique() == 1:
-        set_expert_ticks(left, expert_labels(experts[experts["layer"] == 0]))
-    else:
-        left.set_xlabel("expert, smallest first (sizes differ by layer)")
-    left.set_yticks(range(0, len(load), max(1, len(load) // 16)))
-    _draw_sizes(right, sizes.loc[["model"]])
-    return figure
-
-
-def _draw_sizes(axes: Axes, sizes: pd.DataFrame) -> None:
+    sizes = sizes.loc[["model"]]
     places = range(len(sizes))
-    axes.bar(places, 100 * sizes["share"], label="measured")
-    (even,) = axes.plot(places, 100 * sizes["share_if_even"], color=BLACK, label="every expert alike")
+    right.bar(places, 100 * sizes["share"], label="measured")
+    (even,) = right.plot(places, 100 * sizes["share_if_even"], color=BLACK, label="every expert alike")
     even.set(linestyle="--", marker="_", markersize=12)
     if len(sizes) > 1:
         inverse = sizes["experts"] / sizes["size"]
-        axes.plot(places, 100 * inverse / inverse.sum(), "o-", color=ORANGE, label="proportional to 1 / size")
-    set_expert_ticks(axes, [str(size) for size in sizes["size"]])
-    axes.set(ylabel="share of all activations [%]", title="Activations by size")
+        right.plot(places, 100 * inverse / inverse.sum(), "o-", color=ORANGE, label="proportional to 1 / size")
+    set_expert_ticks(right, [str(size) for size in sizes["size"]])
+    right.set(ylabel="share of all activations [%]", title="Activations by size")
+    return figure
 
 
 def activation_figure(layers: pd.DataFrame) -> Figure:
@@ -182,13 +189,101 @@ def coactivation_figure(layers: pd.DataFrame, pairs: pd.DataFrame) -> Figure | N
     figure, axes_of_layers = new_figure(len(drawn), width=4.6)
     for axes, layer in zip(axes_of_layers, drawn):
         rows = pairs[pairs["layer"] == layer]
-        experts = rows[rows["other"] == 0].sort_values(["size", "expert"])
         lift = rows.pivot(index="expert", columns="other", values="coactivation_lift")
-        lift = lift.loc[experts["expert"], experts["expert"]].to_numpy(float, copy=True)
-        np.fill_diagonal(lift, np.nan)
-        heat_map(axes, lift, "together / if independent", ".2f", vmin=0)
-        set_expert_ticks(axes, expert_labels(experts), both=True)
+        sizes = rows.loc[rows["other"] == 0, "size"].tolist()
+        pair_map(axes, lift, sizes, "together / if independent", vmin=0)
         axes.set_title(f"MoE layer {layer}")
+    return figure
+
+
+def loss_and_size_figure(bins: pd.DataFrame) -> Figure:
+    """Size of the chosen experts by the token's loss (HMoE Fig. 10 as a measurement)."""
+    figure, (left, right) = new_figure(2)
+    for position, label in (("predicting", "that predicts the token"), ("reading", "that reads the token")):
+        rows = bins[(bins["position"] == position) & (bins["tokens"] >= MIN_TOKENS)]
+        left.plot("mean_loss", "relative_size", data=rows, label=f"position {label}")
+        right.plot(rows["mean_loss"], 100 * rows["activated_share"], label=f"position {label}")
+    left.axhline(1, color=BLACK, linestyle=":", label="average size")
+    left.set(ylabel="mean size of chosen experts / mean size", title="Size of chosen experts")
+    right.set(ylabel="neurons used per layer [%]", title="Activated share of the neurons")
+    from_zero(right)
+    for axes in (left, right):
+        axes.set_xlabel(f"loss of the token [nats], bins of {MIN_TOKENS} tokens or more")
+        axes.grid(True)
+    return figure
+
+
+def reduction_figure(reductions: pd.DataFrame) -> Figure | None:
+    """Loss reduction on difficult token types by threshold (MoDSE Table 5), under four ways to select them."""
+    if reductions.empty:
+        return None
+    figure, (axes,) = new_figure(1, width=7.5)
+    for selection, label in SELECTION_LABELS.items():
+        rows = reductions[reductions["selection"] == selection].dropna(subset="reduction")
+        axes.plot("threshold", "reduction", data=rows, label=label)
+    axes.axhline(0, color=BLACK, linewidth=1)
+    axes.set(
+        xlabel="threshold on a type's mean loss [nats]",
+        ylabel="baseline's loss - model's loss [nats]",
+        title="Loss reduction on difficult token types, by how they are selected",
+    )
+    axes.grid(True)
+    return figure
+
+
+def difficult_sizes_figure(rows: pd.DataFrame) -> Figure | None:
+    """Sizes that difficult types choose, beside those of all types (MoDSE Table 6).
+
+    The types are those of the highest threshold with enough of them, selected as in the paper: by the baseline's loss,
+    or by the model's own where there is no baseline.
+    """
+    columns = [column for column in rows if column.startswith("size_")]
+    everything, selected = rows[rows["selection"] == "all"], rows[rows["selection"] != "all"]
+    selected = selected[selected["selection"] == selected["selection"].iloc[0]]
+    selected = selected[selected["types"] >= MIN_TYPES]
+    if selected.empty or len(columns) < 2:
+        return None
+    hardest = selected[selected["threshold"] == selected["threshold"].max()]
+    label = f"{hardest['types'].iloc[0]} types above {hardest['threshold'].iloc[0]:.2f} nats"
+    figure, panels = new_figure(2)
+    for axes, kind, title in zip(panels, ("all_choices", "first_choice"), ("All choices", "First choice")):
+        for shift, types, name in ((-0.2, everything, "all types"), (0.2, hardest, label)):
+            counts = types.loc[types["choices"] == kind, columns].iloc[0]
+            axes.bar(np.arange(len(columns)) + shift, 100 * counts / max(counts.sum(), 1), width=0.38, label=name)
+        set_expert_ticks(axes, [column.removeprefix("size_") for column in columns])
+        axes.set(ylabel="share of their activations [%]", title=title)
+    return figure
+
+
+def similarity_figure(similarity: dict[str, Any]) -> Figure:
+    """Wasserstein distance and KL divergence between experts' token distributions (HMoE Fig. 9): the mean over layers,
+    or the last layer where sizes differ by layer."""
+    drawn = similarity["mean"] or similarity["layers"][-1]
+    title = "mean over layers" if similarity["mean"] else f"MoE layer {drawn['layer']}"
+    discrete = similarity["ground_metric"] == "discrete"
+    distance = f"Wasserstein-1 distance, {'any two tokens 1 apart' if discrete else 'sliced, on embeddings'}"
+    figure, panels = new_figure(2, width=6.2, height=5.0)
+    for axes, kind, name, label in (
+        (panels[0], "wasserstein", "Distance", distance),
+        (panels[1], "kl", "Divergence", "KL(row || column) [nats]"),
+    ):
+        pair_map(axes, drawn[kind], drawn["sizes"], label)
+        axes.set_title(f"{name} of token distributions, {title}")
+    return figure
+
+
+def top_tokens_figure(examples: pd.DataFrame) -> Figure | None:
+    """Activation shares by size of the types with the largest and smallest share of large experts (HMoE Fig. 10)."""
+    columns = [column for column in examples if column.startswith("size_")]
+    if len(columns) < 2:
+        return None
+    figure, (axes,) = new_figure(1, width=8.0, height=1.6 + 0.26 * len(examples))
+    heat_map(axes, 100 * examples[columns].to_numpy(float), "share of the token's activations [%]", vmin=0)
+    set_expert_ticks(axes, [column.removeprefix("size_") for column in columns])
+    # Fonts lack many characters: tokens that are not ASCII are written as escapes.
+    tokens = [token if token.isascii() else ascii(token)[1:-1] for token in examples["token"]]
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=8)
+    axes.set(ylabel="token", title="Where single tokens go")
     return figure
 
 
@@ -231,12 +326,11 @@ def training_figure(models: pd.DataFrame, sizes: pd.DataFrame, layers: pd.DataFr
 
 def _draw_size_history(axes: Axes, places: pd.Series, sizes: pd.DataFrame) -> None:
     shares = 100 * sizes.pivot(columns="size", values="share").loc[places.index]
-    num_sizes = shares.shape[1]
-    for index, size in enumerate(shares):
-        colour = colormaps["cividis"](index / max(num_sizes - 1, 1) * 0.9)
-        axes.plot(places, shares[size], color=colour, label=f"{size:g} neurons")
+    colours = colormaps["cividis"](np.linspace(0, 0.9, shares.shape[1]))
+    for (size, share), colour in zip(shares.items(), colours):
+        axes.plot(places, share, color=colour, label=f"{size:g} neurons")
     axes.set(ylabel="share of all activations [%]", title="Activations by expert size")
-    if num_sizes <= 12:
+    if len(colours) <= 12:
         axes.set_ylim(0, 1.4 * axes.dataLim.ymax)
         axes.legend(fontsize=7, ncols=2, loc="upper right")
 

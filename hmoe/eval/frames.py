@@ -8,6 +8,7 @@ checkpoint is the model. Values keep their Python types, so counts stay integers
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -96,10 +97,9 @@ def _pairs(layers: list[dict[str, Any]], similarity: list[dict[str, Any]]) -> Ro
     for index, layer in enumerate(layers):
         matrices = {key: layer[key] for key in ("coactivation", "coactivation_lift")}
         matrices |= {key: similar[index][key] if index in similar else None for key in ("wasserstein", "kl")}
-        for i, size in enumerate(layer["sizes"]):
-            for j, other in enumerate(layer["sizes"]):
-                values = {key: matrix and matrix[i][j] for key, matrix in matrices.items()}
-                yield {"layer": index, "expert": i, "other": j, "size": size, "other_size": other, **values}
+        for (i, size), (j, other) in product(enumerate(layer["sizes"]), repeat=2):
+            values = {key: matrix and matrix[i][j] for key, matrix in matrices.items()}
+            yield {"layer": index, "expert": i, "other": j, "size": size, "other_size": other, **values}
 
 
 def _difficult_sizes(difficulty: dict[str, Any]) -> Rows:

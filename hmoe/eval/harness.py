@@ -126,7 +126,10 @@ def _tasks(args: argparse.Namespace) -> tuple[list[str], Path | None]:
     available = {path.stem for path in folder.glob("*.yaml")} if args.offline_items else set()
     if not available:
         raise ValueError(f"--offline_items takes a folder of task files, got {args.offline_items!r}. {WRITE_ITEMS}")
-    members = _suite_members(args.suite) if args.suite else []
+    members = []
+    if args.suite:
+        group = yaml.safe_load((SUITES_FOLDER / f"{args.suite}.yaml").read_text(encoding="utf-8"))
+        members = [task if isinstance(task, str) else task["task"] for task in group["task"]]
     missing = [task for task in members if task not in available]
     if missing:
         print(f"not among the offline items, left out: {', '.join(missing)}", file=sys.stderr)
@@ -135,11 +138,6 @@ def _tasks(args: argparse.Namespace) -> tuple[list[str], Path | None]:
     if not wanted:
         raise ValueError(f"--offline_items {folder} has no task of the suite {args.suite}. {WRITE_ITEMS}")
     return [f"local_{task}" for task in dict.fromkeys(wanted)], folder
-
-
-def _suite_members(suite: str) -> list[str]:
-    tasks = yaml.safe_load((SUITES_FOLDER / f"{suite}.yaml").read_text(encoding="utf-8"))["task"]
-    return [task if isinstance(task, str) else task["task"] for task in tasks]
 
 
 def run_lm_eval(model: str, tasks: Sequence[str], options: Sequence[str], folder: Path) -> dict[str, Any] | None:

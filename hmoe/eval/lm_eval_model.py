@@ -5,7 +5,9 @@ Importing this module registers it as the lm_eval model `hmoe`; everything else 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from hmoe.costs import moe_costs
 from hmoe.routers import RouterTap, routed_layers, tokens_per_expert
+
+from .statistics import activated
 
 
 @register_model("hmoe")
@@ -30,9 +34,10 @@ class RoutingHFLM(HFLM):
         super().__init__(*args, **kwargs)
         self._task: str | None = None
         self._mask: Tensor | None = None
-        self._tokens: dict[str, Tensor | int] = {}
-        self._counts: dict[str, list[Tensor | int]] = {}
         self._num_experts = [len(layer.sizes) for layer in routed_layers(self._model)]
+        self._tokens: dict[str, Any] = defaultdict(int)
+        # By task, per layer [E]: tokens that activate each expert.
+        self._counts: dict[str, list[Any]] = defaultdict(lambda: [0] * len(self._num_experts))
         self._model.register_forward_pre_hook(self._read_inputs, with_kwargs=True)
         self._tap = RouterTap(self._model, self._count)
 
@@ -46,14 +51,9 @@ class RoutingHFLM(HFLM):
         return self._by_task(super().generate_until, requests, disable_tqdm)
 
     def _by_task(self, answer: Callable[[list, bool], list], requests: list, disable_tqdm: bool) -> list:
-        places: dict[str, list[int]] = {}
-        for place, request in enumerate(requests):
-            places.setdefault(request.task_name or "", []).append(place)
-        answers: list = [None] * len(requests)
-        for self._task, task_places in places.items():
-            part = answer([requests[place] for place in task_places], disable_tqdm)
-            for place, value in zip(task_places, part, strict=True):
-                answers[place] = value
+        answers: list = []
+        for self._task, of_task in groupby(requests, key=lambda request: request.task_name or ""):
+            answers += answer(list(of_task), disable_tqdm)
         self._task = None
         return answers
 
@@ -67,39 +67,29 @@ class RoutingHFLM(HFLM):
     def _read_inputs(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._task is None:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = args[0] if args else kwargs["input_ids"]
         mask = kwargs.get("attention_mask")
-        if ids is None:
-            self._mask = None
-            return
         if torch.is_tensor(mask) and mask.dim() == 2:
             self._mask = mask[:, -ids.shape[1] :].bool()
         else:
             self._mask = (ids != 0).flip(1).cumsum(1).flip(1) > 0  # [B, S]
-        self._tokens[self._task] = self._tokens.get(self._task, 0) + self._mask.sum()
+        self._tokens[self._task] += self._mask.sum()
 
     def _count(self, layer: int, logits: Tensor, index: Tensor) -> None:
-        if self._task is None or self._mask is None:
-            return
-        counts = self._counts.setdefault(self._task, [0] * len(self._num_experts))
-        counts[layer] += tokens_per_expert(index, self._num_experts[layer], self._mask)
+        if self._task is not None:
+            self._counts[self._task][layer] += tokens_per_expert(index, self._num_experts[layer], self._mask)
 
     def routing(self) -> dict[str, Any] | None:
         """Activated parameters over all tasks and by task; None for a dense model, and if every answer was cached."""
         if not self._counts:
             return None
-        model = moe_costs(self._model)
+        costs = moe_costs(self._model)
 
         def summary(tasks: list[str]) -> dict[str, float]:
             tokens = int(sum(self._tokens[task] for task in tasks))
-            counts: list[Any] = [sum(layer) for layer in zip(*(self._counts[task] for task in tasks))]
+            counts = [sum(layer) for layer in zip(*(self._counts[task] for task in tasks))]
             load = [[n / tokens for n in layer.tolist()] for layer in counts]
-            return {
-                "tokens": tokens,
-                "activated_parameters": model.activated_parameters(load),
-                "activated_ratio": model.activated_ratio(load),
-                "experts_per_token": sum(map(sum, load)) / len(load),
-            }
+            return {"tokens": tokens, **activated(costs, load)}
 
         tasks = list(self._counts)
         return {**summary(tasks), "tasks": {task: summary([task]) for task in tasks}}

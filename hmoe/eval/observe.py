@@ -5,14 +5,13 @@ Letters in shapes: B batch, S sequence, T = B * S tokens, E experts, K expert sl
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmoe.metrics import IGNORED_LABEL, score_tokens
@@ -59,17 +58,11 @@ def observe(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Iterator[
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).to(device)
             outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
             predictions, loss = score_tokens(outputs.logits, input_ids)
-            loss = loss.masked_fill(~predicted(mask.bool()), torch.nan)
+            # A token is predicted by the one before it in its row.
+            predicted = F.pad(mask[:, 1:] * mask[:, :-1], (1, 0)).bool()
+            loss = loss.masked_fill(~predicted, torch.nan)
             logits, index = [layer[0] for layer in routes], [layer[1] for layer in routes]
             yield Observation(input_ids, mask.bool(), predictions, loss, logits, index)
-
-
-def predicted(mask: Tensor) -> Tensor:
-    """[B, S], whether a token of `mask` [B, S] follows another one of its row, which predicts it."""
-    known = mask.clone()
-    known[:, 0] = False
-    known[:, 1:] &= mask[:, :-1]
-    return known
 
 
 def windows(
@@ -104,38 +97,6 @@ def windows(
 
 def batches(rows: Iterable[list[int]], batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Rows in batches; the last one may be smaller."""
-    waiting: list[list[int]] = []
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == batch_size:
-            yield {"input_ids": torch.tensor(waiting)}
-            waiting = []
-    if waiting:
-        yield {"input_ids": torch.tensor(waiting)}
-
-
-def check_same_tokenizer(first: Any, second: Any, names: tuple[str, str]) -> None:
-    """Refuses to compare losses and routes of models that read a text as different tokens.
-
-    Raises:
-        ValueError: if a token has another id in the two vocabularies.
-    """
-    ours, theirs = first.get_vocab(), second.get_vocab()
-    probe = "The 1st token, naïve & re-tokenised:\n  x = 3.14"
-    if ours == theirs and first(probe)["input_ids"] == second(probe)["input_ids"]:
-        return
-    different = sum(theirs.get(token) != token_id for token, token_id in ours.items())
-    raise ValueError(
-        f"{names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)} tokens) have different tokenizers: "
-        f"{different} tokens of the first have another id, or none, in the second. Losses and routes per token can "
-        "only be compared between models that share a tokenizer"
-    )
-
-
-def step_of(folder: str) -> int | None:
-    """The training step of a checkpoint: as its trainer_state.json says, or its name, such as `checkpoint-600`."""
-    state = Path(folder) / "trainer_state.json"
-    if state.is_file():
-        return json.loads(state.read_text(encoding="utf-8")).get("global_step")
-    match = re.search(r"(?:checkpoint|step)[-_]?(\d+)$", Path(folder).name)
-    return int(match[1]) if match else None
+    remaining = iter(rows)
+    while batch := list(islice(remaining, batch_size)):
+        yield {"input_ids": torch.tensor(batch)}

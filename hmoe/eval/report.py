@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from . import figures, figures_tokens
+from . import figures
 from .frames import frames
 
 
@@ -84,7 +84,7 @@ def render(result: dict[str, Any], tables: dict[str, pd.DataFrame]) -> str:
     models = tables["models"].assign(dead_experts=tables["layers"].groupby("role")["dead_experts"].sum())
     routed = models["activated_parameters"].notna()  # a dense model activates all its parameters
     models["activated_parameters"] = models["activated_parameters"].where(routed, models["parameters"])
-    selections = tables["difficult_tokens"].replace({"selection": figures_tokens.SELECTION_LABELS})
+    selections = tables["difficult_tokens"].replace({"selection": figures.SELECTION_LABELS})
     top_tokens = [
         {"size": row["size"], "tokens": "   ".join(f"{t} ({s:.0%})" for t, s in zip(row["tokens"], row["shares"]))}
         for row in result["tokens"]["top_tokens"]
@@ -108,11 +108,11 @@ def draw(tables: dict[str, pd.DataFrame], similarity: dict[str, Any]) -> dict[st
         "balance": figures.balance_figure(layers),
         "confidence": figures.confidence_figure(layers, experts),
         "coactivation": figures.coactivation_figure(layers, tables["expert_pairs"]),
-        "loss_and_size": figures_tokens.loss_and_size_figure(tables["loss_and_size"]),
-        "reduction": figures_tokens.reduction_figure(tables["difficult_tokens"]),
-        "difficult_sizes": figures_tokens.difficult_sizes_figure(tables["difficult_token_sizes"]),
-        "example_tokens": figures_tokens.top_tokens_figure(tables["example_tokens"]),
-        "similarity": figures_tokens.similarity_figure(similarity),
+        "loss_and_size": figures.loss_and_size_figure(tables["loss_and_size"]),
+        "reduction": figures.reduction_figure(tables["difficult_tokens"]),
+        "difficult_sizes": figures.difficult_sizes_figure(tables["difficult_token_sizes"]),
+        "example_tokens": figures.top_tokens_figure(tables["example_tokens"]),
+        "similarity": figures.similarity_figure(similarity),
         "training": figures.training_figure(models, sizes, layers),
         "stability": figures.stability_figure(tables["stability"], models),
     }

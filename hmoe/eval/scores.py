@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
+
+from hmoe.costs import abbreviated
 
 from .suites import SUITES
 
@@ -55,9 +59,9 @@ class Evaluation:
     activated_parameters: float | None
     activated_ratio: float | None
     experts_per_token: float | None
-    scores: list[Score] = field(default_factory=list)
-    average: float | None = None
-    average_stderr: float | None = None
+    scores: list[Score]
+    average: float | None
+    average_stderr: float | None
 
 
 def read_evaluation(name: str, results: dict[str, Any]) -> Evaluation:
@@ -143,11 +147,9 @@ def _average(scores: list[Score]) -> tuple[float | None, float | None]:
     chosen = [score for score in scores if score.averaged]
     if not chosen:
         return None, None
-    average = sum(score.value for score in chosen) / len(chosen)
     errors = [score.stderr for score in chosen if score.stderr is not None]
-    if len(errors) < len(chosen):
-        return average, None
-    return average, math.sqrt(sum(error**2 for error in errors)) / len(chosen)
+    stderr = math.hypot(*errors) / len(chosen) if len(errors) == len(chosen) else None
+    return fmean(score.value for score in chosen), stderr
 
 
 def _plus_minus(value: float | None, stderr: float | None, *, percent: bool = True) -> str:
@@ -158,61 +160,44 @@ def _plus_minus(value: float | None, stderr: float | None, *, percent: bool = Tr
     return text if stderr is None else f"{text} ± {scale * stderr:.2f}"
 
 
-def _abbreviated(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.4g} {unit}"
-    return f"{value:.0f}"
-
-
 def markdown(evaluations: list[Evaluation]) -> str:
     """Scores as in HMoE's Table 1, activated ratios by task as in its Table 2. Scores in percent ± standard error."""
-    tasks = list(dict.fromkeys(score.task for evaluation in evaluations for score in evaluation.scores))
-    by_task = [{score.task: score for score in evaluation.scores} for evaluation in evaluations]
-    header = ["model", "parameters", "activated", "ratio", *(_heading(task, by_task) for task in tasks), "average"]
+    headings: dict[str, str] = {}  # of the tasks
+    for score in chain.from_iterable(evaluation.scores for evaluation in evaluations):
+        shots = "" if score.shots is None else f", {score.shots}-shot"
+        headings.setdefault(score.task, f"{score.task} ({score.metric}{shots})")
     rows = [
-        [
-            evaluation.name,
-            _abbreviated(evaluation.parameters),
-            _abbreviated(evaluation.activated_parameters),
-            _percent(evaluation.activated_ratio),
-            *(_cell(scores.get(task)) for task in tasks),
-            _plus_minus(evaluation.average, evaluation.average_stderr),
-        ]
-        for evaluation, scores in zip(evaluations, by_task)
+        {
+            "model": evaluation.name,
+            "parameters": abbreviated(evaluation.parameters),
+            "activated": abbreviated(evaluation.activated_parameters),
+            "ratio": _percent(evaluation.activated_ratio),
+            **{headings[s.task]: _plus_minus(s.value, s.stderr, percent=s.averaged) for s in evaluation.scores},
+            "average": _plus_minus(evaluation.average, evaluation.average_stderr),
+        }
+        for evaluation in evaluations
     ]
-    text = _table(header, rows)
-    measured = [(item, scores) for item, scores in zip(evaluations, by_task) if item.activated_ratio is not None]
-    if measured:
-        ratio_rows = [
-            [item.name, *(_percent(scores[task].activated_ratio if task in scores else None) for task in tasks)]
-            for item, scores in measured
-        ]
-        text += "\n\nActivated share of the expert parameters, by task:\n\n" + _table(["model", *tasks], ratio_rows)
+    text = _table(["model", "parameters", "activated", "ratio", *headings.values(), "average"], rows)
+    ratios = [
+        {"model": evaluation.name, **{score.task: _percent(score.activated_ratio) for score in evaluation.scores}}
+        for evaluation in evaluations
+        if evaluation.activated_ratio is not None
+    ]
+    if ratios:
+        text += "\n\nActivated share of the expert parameters, by task:\n\n" + _table(["model", *headings], ratios)
     return text + "\n"
-
-
-def _heading(task: str, by_task: list[dict[str, Score]]) -> str:
-    score = next(scores[task] for scores in by_task if task in scores)
-    shots = "" if score.shots is None else f", {score.shots}-shot"
-    return f"{task} ({score.metric}{shots})"
-
-
-def _cell(score: Score | None) -> str:
-    return "-" if score is None else _plus_minus(score.value, score.stderr, percent=score.averaged)
 
 
 def _percent(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2%}"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    line = "| " + " | ".join("-" * width for width in widths) + " |"
-    body = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in [header, *rows]]
-    return "\n".join([body[0], line, *body[1:]])
+def _table(header: list[str], rows: list[dict[str, str]]) -> str:
+    """Markdown, `-` where a row lacks a column."""
+    lines = [header, *([row.get(column, "-") for column in header] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 def write_model_card(folder: Path, evaluation: Evaluation, note: str) -> Path:

@@ -8,10 +8,10 @@ tokens of the text are kept, which bounds the memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 
 from hmoe.routers import activated_experts
 
@@ -21,8 +21,8 @@ from .observe import Observation
 class RouteSample:
     """Routes of the first `max_tokens` tokens, bit-packed: E / 8 + 2 bytes per token and layer."""
 
-    def __init__(self, num_experts: Sequence[int], max_tokens: int = 1 << 17):
-        self.num_experts = list(num_experts)
+    def __init__(self, num_experts: list[int], max_tokens: int):
+        self.num_experts = num_experts
         self.max_tokens = max_tokens
         self.num_tokens = 0
         self._ids: list[np.ndarray] = []
@@ -91,18 +91,14 @@ def agreement(earlier: RouteSample, later: RouteSample) -> list[dict[str, float]
     return rows
 
 
-def stability(names: Sequence[str], samples: Sequence[RouteSample]) -> dict[str, Any]:
-    """Agreement of neighbours in time, and of each checkpoint with the last one."""
-    neighbours = [
-        {"from": names[i], "to": names[i + 1], "layers": agreement(samples[i], samples[i + 1])}
-        for i in range(len(samples) - 1)
-    ]
-    last = [
-        {"from": name, "to": names[-1], "layers": agreement(sample, samples[-1])}
-        for name, sample in zip(names[:-1], samples[:-1])
-    ]
-    return {"tokens": samples[-1].num_tokens, "neighbours": neighbours, "with_last": last}
+def stability(runs: Sequence[tuple[str, RouteSample]]) -> dict[str, Any]:
+    """Agreement of neighbours in time, and of each checkpoint with the last one, from their names and samples."""
 
+    def compare(earlier: tuple[str, RouteSample], later: tuple[str, RouteSample]) -> dict[str, Any]:
+        return {"from": earlier[0], "to": later[0], "layers": agreement(earlier[1], later[1])}
 
-def mean_over_layers(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: float(torch.tensor([row[key] for row in rows]).mean()) for key in rows[0]}
+    return {
+        "tokens": runs[-1][1].num_tokens,
+        "neighbours": [compare(earlier, later) for earlier, later in pairwise(runs)],
+        "with_last": [compare(earlier, runs[-1]) for earlier in runs[:-1]],
+    }

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,7 @@ class LayerStatistics:
     """Sums over the tokens of one layer, padding excluded.
 
     Attributes:
+        sizes, parameters: neurons and parameters of each expert.
         tokens: how many.
         choices: [K, E], how often an expert was the first, second, ... choice.
         num_chosen: [K + 1], tokens by their number of experts.
@@ -31,8 +34,9 @@ class LayerStatistics:
         pairs: [E, E], tokens that activate both experts; the diagonal holds the load.
     """
 
-    def __init__(self, num_experts: int):
-        self.num_experts = num_experts
+    def __init__(self, sizes: Sequence[int], parameters: Sequence[int]):
+        self.sizes, self.parameters = sizes, parameters
+        self.num_experts = num_experts = len(sizes)
         self.tokens = 0
         self.choices = torch.zeros(0, num_experts, dtype=torch.long)
         self.num_chosen = torch.zeros(0, dtype=torch.long)
@@ -69,60 +73,68 @@ class LayerStatistics:
         """Share of tokens that activate each expert; sums to the experts per token (T_i of HMoE Eq. 3)."""
         return [count / self.tokens for count in self.counts.tolist()]
 
+    def summary(self) -> dict[str, Any]:
+        """All numbers of the layer."""
+        load, counts, choices = self.load, self.counts.tolist(), self.choices.tolist()
+        activations = max(sum(counts), 1)
+        used = sum(x * n for x, n in zip(load, self.parameters))
+        entropy = self.entropy / self.tokens
+        pairs = self.pairs.double()
+        activating = pairs.diagonal()  # [E]
+        return {
+            "sizes": self.sizes,
+            "load": load,
+            "activation_share": [count / activations for count in counts],
+            "experts_per_token": sum(load),
+            "num_experts_histogram": [count / self.tokens for count in self.num_chosen.tolist()],
+            "activated_parameters": used,
+            "activated_ratio": used / sum(self.parameters),
+            "mean_activated_size": sum(c * s for c, s in zip(counts, self.sizes)) / activations,
+            "mean_probability": (self.probability / self.tokens).tolist(),
+            "router_entropy": entropy,
+            "router_entropy_ratio": entropy / math.log(self.num_experts) if self.num_experts > 1 else 0.0,
+            "router_confidence": self.confidence / self.tokens,
+            "choices": choices,
+            **balance(counts),
+            "max_over_min_by_choice": [max_over_min(choice) for choice in choices],
+            # Of the tokens that activate expert i (row), the share that activates j too.
+            "coactivation": without_nan(pairs / activating[:, None]),
+            # Over what independent choices with their loads would give: above 1 they attract, below they avoid each
+            # other; a Top-K router's limit of K makes the mean fall below 1.
+            "coactivation_lift": without_nan(pairs * self.tokens / activating.outer(activating)),
+        }
+
 
 class RoutingStatistics:
     """[`LayerStatistics`] of every layer of one model."""
 
-    def __init__(self, architecture: ModelCosts):
-        self.architecture = architecture
-        self.layers = [LayerStatistics(len(sizes)) for sizes in architecture.sizes]
+    def __init__(self, costs: ModelCosts):
+        self.costs = costs
+        self.layers = [LayerStatistics(*experts) for experts in zip(costs.sizes, costs.expert_parameters)]
 
     def update(self, observation: Observation) -> None:
         real = observation.mask.reshape(-1)
         for layer, logits, index in zip(self.layers, observation.logits, observation.index, strict=True):
             layer.update(logits[real.to(logits.device)], index[real.to(index.device)])
 
-    def load(self) -> list[list[float]]:
-        return [layer.load for layer in self.layers]
-
     def summary(self) -> dict[str, Any]:
         """All numbers of the routing, whole model first."""
-        load = self.load()
-        model = self.architecture
         return {
             "tokens": self.layers[0].tokens,
-            "parameters": model.parameters,
-            "activated_parameters": model.activated_parameters(load),
-            "activated_ratio": model.activated_ratio(load),
-            "experts_per_token": sum(map(sum, load)) / len(load),
-            "by_size": load_by_size(model.sizes, [layer.counts.tolist() for layer in self.layers]),
-            "layers": [self._layer_summary(layer_idx) for layer_idx in range(len(self.layers))],
+            "parameters": self.costs.parameters,
+            **activated(self.costs, [layer.load for layer in self.layers]),
+            "by_size": load_by_size(self.costs.sizes, [layer.counts.tolist() for layer in self.layers]),
+            "layers": [layer.summary() for layer in self.layers],
         }
 
-    def _layer_summary(self, layer_idx: int) -> dict[str, Any]:
-        layer, sizes = self.layers[layer_idx], self.architecture.sizes[layer_idx]
-        load, counts = layer.load, layer.counts.tolist()
-        parameters = self.architecture.expert_parameters[layer_idx]
-        used = sum(x * n for x, n in zip(load, parameters))
-        return {
-            "sizes": sizes,
-            "load": load,
-            "activation_share": [count / max(sum(counts), 1) for count in counts],
-            "experts_per_token": sum(load),
-            "num_experts_histogram": [count / layer.tokens for count in layer.num_chosen.tolist()],
-            "activated_parameters": used,
-            "activated_ratio": used / sum(parameters),
-            "mean_activated_size": sum(c * s for c, s in zip(counts, sizes)) / max(sum(counts), 1),
-            "mean_probability": (layer.probability / layer.tokens).tolist(),
-            "router_entropy": layer.entropy / layer.tokens,
-            "router_entropy_ratio": layer.entropy / layer.tokens / math.log(len(sizes)) if len(sizes) > 1 else 0.0,
-            "router_confidence": layer.confidence / layer.tokens,
-            "choices": layer.choices.tolist(),
-            **balance(counts),
-            "max_over_min_by_choice": [max_over_min(choice) for choice in layer.choices.tolist()],
-            "coactivation": coactivation(layer.pairs),
-            "coactivation_lift": coactivation_lift(layer.pairs, layer.tokens),
-        }
+
+def activated(costs: ModelCosts, load: Sequence[Sequence[float]]) -> dict[str, float]:
+    """What a token activates of a model on average, by load (HMoE Tables 1 and 2)."""
+    return {
+        "activated_parameters": costs.activated_parameters(load),
+        "activated_ratio": costs.activated_ratio(load),
+        "experts_per_token": sum(map(sum, load)) / len(load),
+    }
 
 
 def load_by_size(sizes: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
@@ -131,41 +143,17 @@ def load_by_size(sizes: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]
     `share` is the size's share of all activations, `share_if_even` that of its experts by number, `neuron_share` that
     of its experts by width.
     """
-    total = sum(map(sum, counts))
-    num_experts = sum(map(len, sizes))
-    width = sum(map(sum, sizes))
-    rows = []
-    for size in sorted({size for row in sizes for size in row}):
-        count = sum(c for row, row_counts in zip(sizes, counts) for s, c in zip(row, row_counts) if s == size)
-        experts = sum(row.count(size) for row in map(list, sizes))
-        rows.append(
-            {
-                "size": size,
-                "experts": experts,
-                "activations": count,
-                "share": count / total,
-                "share_if_even": experts / num_experts,
-                "neuron_share": experts * size / width,
-            }
-        )
-    return rows
+    experts = pd.DataFrame({"size": list(chain(*sizes)), "activations": list(chain(*counts))})
+    rows = experts.groupby("size")["activations"].agg(experts="size", activations="sum").reset_index()
+    neurons = rows["experts"] * rows["size"]
+    rows["share"] = rows["activations"] / rows["activations"].sum()
+    rows["share_if_even"] = rows["experts"] / rows["experts"].sum()
+    rows["neuron_share"] = neurons / neurons.sum()
+    return rows.to_dict("records")
 
 
-def coactivation(pairs: Tensor) -> list[list[float | None]]:
-    """[E, E]: of the tokens that activate expert i, the share that activates j too; None for a dead expert i."""
-    return [[None if not row[i] else value / row[i] for value in row] for i, row in enumerate(pairs.tolist())]
-
-
-def coactivation_lift(pairs: Tensor, tokens: int) -> list[list[float | None]]:
-    """[E, E]: how often i and j are activated together, over what independent choices with their loads would give.
-
-    Above 1 they attract, below they avoid each other; a Top-K router's limit of K makes the mean fall below 1.
-    """
-    counts = pairs.diagonal().tolist()
-    return [
-        [
-            None if not counts[i] * counts[j] else value * tokens / (counts[i] * counts[j])
-            for j, value in enumerate(row)
-        ]
-        for i, row in enumerate(pairs.tolist())
-    ]
+def without_nan(values: Tensor) -> list:
+    """Nested lists, with None for NaN, which JSON lacks."""
+    entries = values.numpy().astype(object)
+    entries[values.isnan().numpy()] = None
+    return entries.tolist()

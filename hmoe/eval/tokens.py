@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from hmoe.costs import ModelCosts
 from hmoe.routers import activated_experts
 
 from .observe import Observation
+from .statistics import without_nan
 
 
 MAX_TABLE_ENTRIES = 1 << 27  # of 8 bytes, over all layers
@@ -44,11 +46,11 @@ class TokenLosses:
 
     def update(self, observation: Observation) -> None:
         loss, ids = observation.loss.cpu(), observation.input_ids.cpu()
-        half = (self._rows + torch.arange(len(ids))) % 2  # [B]
         known = ~loss.isnan()
-        entry = (half[:, None] * self.total.shape[1] + ids)[known]
-        self.total.view(-1).index_add_(0, entry, loss[known].double())
-        self.count.view(-1).index_add_(0, entry, torch.ones_like(entry))
+        half = ((self._rows + torch.arange(len(ids))) % 2)[:, None].expand_as(ids)
+        entries = half[known], ids[known]
+        self.total.index_put_(entries, loss[known].double(), accumulate=True)
+        self.count.index_put_(entries, torch.tensor(1), accumulate=True)
         self._rows += len(ids)
 
     @property
@@ -66,50 +68,48 @@ class TokenRoutes:
     """Activations by token type and expert, and the sizes that tokens of each loss choose.
 
     Attributes:
-        layers: the layers whose tables are kept: all, or as many, evenly spaced, as fit into `MAX_TABLE_ENTRIES`.
+        sizes: of all experts, per layer.
+        layers, kept_sizes: the layers whose tables are kept, and their sizes: all, or as many, evenly spaced, as fit
+            into `MAX_TABLE_ENTRIES`.
         occurrences: [V].
         activations, first: per kept layer [V, E], occurrences that activate an expert, and that choose it first.
         bins: [2, `NUM_LOSS_BINS`, 4], sums over tokens by loss: tokens, loss, relative size, activated share; first
             for the position that predicts the token, then for the position that reads it.
     """
 
-    def __init__(self, architecture: ModelCosts, vocab_size: int, max_entries: int = MAX_TABLE_ENTRIES):
-        self.sizes = architecture.sizes
-        self.layers = _kept_layers([len(sizes) for sizes in self.sizes], vocab_size, max_entries)
+    def __init__(self, costs: ModelCosts, vocab_size: int, max_entries: int = MAX_TABLE_ENTRIES):
+        self.sizes = sizes = costs.sizes
+        most = max(1, max_entries // (2 * vocab_size * max(map(len, sizes))))
+        self.layers = np.linspace(0, len(sizes) - 1, min(most, len(sizes))).round().astype(int).tolist()
+        self.kept_sizes = [sizes[layer] for layer in self.layers]
         self.occurrences = torch.zeros(vocab_size, dtype=torch.long)
-        shapes = [(vocab_size, len(self.sizes[layer])) for layer in self.layers]
-        self.activations = [torch.zeros(shape, dtype=torch.long) for shape in shapes]
-        self.first = [torch.zeros(shape, dtype=torch.long) for shape in shapes]
+        self.activations = [torch.zeros(vocab_size, len(row), dtype=torch.long) for row in self.kept_sizes]
+        self.first = [torch.zeros_like(table) for table in self.activations]
         self.bins = torch.zeros(2, NUM_LOSS_BINS, 4, dtype=torch.float64)
-        self._moments = torch.zeros(2, 6, dtype=torch.float64)
-
-    @property
-    def kept_sizes(self) -> list[list[int]]:
-        return [self.sizes[layer] for layer in self.layers]
+        self._moments = torch.zeros(2, 4, 4, dtype=torch.float64)  # sums of products of these four
 
     def update(self, observation: Observation) -> None:
         real = observation.mask.reshape(-1).cpu()
         ids = observation.input_ids.reshape(-1).cpu()[real]
         self.occurrences += torch.bincount(ids, minlength=len(self.occurrences))
+        index = [chosen.cpu() for chosen in observation.index]
         for activations, first, layer in zip(self.activations, self.first, self.layers):
-            index = observation.index[layer].cpu()[real]  # [T, K]
-            for table, slots in ((activations, index), (first, index[:, :1])):
+            chosen = index[layer][real]  # [T, K]
+            for table, slots in ((activations, chosen), (first, chosen[:, :1])):
                 table.index_add_(0, ids, activated_experts(slots, table.shape[1]).long())
-        relative, share = chosen_sizes(self.sizes, observation.index)  # [T] each
-        self._add_losses(observation.loss.cpu(), relative.cpu(), share.cpu())
+        self._add_losses(observation.loss.cpu(), *chosen_sizes(self.sizes, index))
 
     def _add_losses(self, loss: Tensor, relative: Tensor, share: Tensor) -> None:
         relative, share = relative.view_as(loss), share.view_as(loss)
         known = ~loss[:, 1:].isnan()
         values = loss[:, 1:][known].double()
         bins = (values / LOSS_BIN_WIDTH).long().clamp(max=NUM_LOSS_BINS - 1)
-        one = torch.ones_like(values)
         predicting, reading = slice(None, -1), slice(1, None)
-        for table, sums, positions in zip(self.bins, self._moments, (predicting, reading)):
-            size, used = relative[:, positions][known].double(), share[:, positions][known].double()
-            table.index_add_(0, bins, torch.stack([one, values, size, used], dim=1))
-            moments = (one, values, size, values * values, size * size, values * size)
-            sums += torch.stack([moment.sum() for moment in moments])
+        for table, moments, positions in zip(self.bins, self._moments, (predicting, reading)):
+            of_token = [torch.ones_like(values), values, relative[:, positions][known], share[:, positions][known]]
+            columns = torch.stack(of_token, dim=1)  # [T, 4]
+            table.index_add_(0, bins, columns)
+            moments += columns.T @ columns
 
     def loss_and_size(self) -> dict[str, Any]:
         """Chosen sizes by loss, and their correlation (HMoE Fig. 10 as a measurement).
@@ -119,31 +119,20 @@ class TokenRoutes:
         """
         result: dict[str, Any] = {}
         for name, bins, moments in zip(("predicting", "reading"), self.bins, self._moments):
-            rows = []
-            for bin_idx, (tokens, loss, size, share) in enumerate(bins.tolist()):
-                if tokens:
-                    low = bin_idx * LOSS_BIN_WIDTH
-                    high = None if bin_idx == NUM_LOSS_BINS - 1 else low + LOSS_BIN_WIDTH
-                    rows.append(
-                        {
-                            "loss_from": low,
-                            "loss_to": high,
-                            "tokens": int(tokens),
-                            "mean_loss": loss / tokens,
-                            "relative_size": size / tokens,
-                            "activated_share": share / tokens,
-                        }
-                    )
-            result[name] = {"correlation": _correlation(moments.tolist()), "bins": rows}
+            rows = [
+                {
+                    "loss_from": bin_idx * LOSS_BIN_WIDTH,
+                    "loss_to": None if bin_idx == NUM_LOSS_BINS - 1 else (bin_idx + 1) * LOSS_BIN_WIDTH,
+                    "tokens": int(tokens),
+                    "mean_loss": loss / tokens,
+                    "relative_size": size / tokens,
+                    "activated_share": share / tokens,
+                }
+                for bin_idx, (tokens, loss, size, share) in enumerate(bins.tolist())
+                if tokens
+            ]
+            result[name] = {"correlation": _correlation(moments), "bins": rows}
         return result
-
-
-def _kept_layers(num_experts: Sequence[int], vocab_size: int, max_entries: int) -> list[int]:
-    most = max(1, max_entries // (2 * vocab_size * max(num_experts)))
-    num_layers = len(num_experts)
-    if num_layers <= most:
-        return list(range(num_layers))
-    return sorted({round(i * (num_layers - 1) / max(most - 1, 1)) for i in range(most)})
 
 
 def chosen_sizes(sizes: Sequence[Sequence[int]], index: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -154,26 +143,25 @@ def chosen_sizes(sizes: Sequence[Sequence[int]], index: Sequence[Tensor]) -> tup
     """
     relative, share = [], []
     for layer_sizes, layer_index in zip(sizes, index, strict=True):
-        widths = torch.tensor([*layer_sizes, 0], dtype=torch.float64)[layer_index.cpu()]  # [T, K]
-        total = widths.sum(1)
-        chosen = (layer_index.cpu() < len(layer_sizes)).sum(1)
+        total = torch.tensor([*layer_sizes, 0], dtype=torch.float64)[layer_index].sum(1)
+        chosen = (layer_index < len(layer_sizes)).sum(1)
         relative.append(total / chosen / (sum(layer_sizes) / len(layer_sizes)))
         share.append(total / sum(layer_sizes))
     return torch.stack(relative).mean(0), torch.stack(share).mean(0)
 
 
-def _correlation(moments: Sequence[float]) -> float | None:
-    n, x, y, xx, yy, xy = moments
-    if not n:
+def _correlation(moments: Tensor) -> float | None:
+    """Of the columns 1 and 2, from sums of products [4, 4] whose column 0 counts; None if one does not vary."""
+    if not moments[0, 0]:
         return None
-    variance_x, variance_y = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2
+    moments = moments / moments[0, 0]
+    covariance = (moments - moments[0].outer(moments[0]))[1:3, 1:3]
+    variances = covariance.diagonal()
     # Equal sizes leave only rounding of a zero variance.
-    if variance_x <= 1e-12 or variance_y <= 1e-12:
-        return None
-    return (xy / n - x * y / n**2) / (variance_x * variance_y) ** 0.5
+    return None if variances.min() <= 1e-12 else float(covariance[0, 1] / variances.prod().sqrt())
 
 
-def top_tokens(routes: TokenRoutes, num_tokens: int = 10, min_count: int = 10) -> list[dict[str, Any]]:
+def top_tokens(routes: TokenRoutes, num_tokens: int, min_count: int) -> list[dict[str, Any]]:
     """For each expert size, the token types with the largest activation share (HMoE Table 3; the ratio of Fig. 10).
 
     The share of a type is how many of its activations, over all kept layers, go to experts of this size.
@@ -192,11 +180,20 @@ def top_tokens(routes: TokenRoutes, num_tokens: int = 10, min_count: int = 10) -
     return rows
 
 
-def activation_share(routes: TokenRoutes, ids: Sequence[int]) -> list[list[float]]:
-    """For each type of `ids`, the shares of its activations by expert size, smallest first (HMoE Fig. 10)."""
-    table, _ = pool_by_size(routes.activations, routes.kept_sizes)
-    chosen = table[torch.tensor(list(ids), dtype=torch.long)]
-    return (chosen / chosen.sum(1, keepdim=True).clamp(min=1)).tolist()
+def example_tokens(routes: TokenRoutes, min_count: int, num_each: int = 8) -> dict[str, Any]:
+    """The types whose experts are smallest and widest on average, smallest first, and the shares of their activations
+    by expert size (HMoE Fig. 10)."""
+    table, sizes = pool_by_size(routes.activations, routes.kept_sizes)  # [V, sizes]
+    frequent = (routes.occurrences >= min_count).nonzero().squeeze(1)
+    mean = (table[frequent] @ table.new_tensor(sizes)) / table[frequent].sum(1)
+    order = frequent[mean.argsort()].tolist()
+    ids = list(dict.fromkeys([*order[:num_each], *order[-num_each:]]))
+    return {
+        "sizes": sizes,
+        "ids": ids,
+        "occurrences": routes.occurrences[ids].tolist(),
+        "shares": (table[ids] / table[ids].sum(1, keepdim=True).clamp(min=1)).tolist(),
+    }
 
 
 def pool_by_size(tables: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
@@ -209,7 +206,24 @@ def pool_by_size(tables: Sequence[Tensor], sizes: Sequence[Sequence[int]]) -> tu
     return pooled, every
 
 
-def wasserstein(table: Tensor, embedding: Tensor | None = None, num_projections: int = 64, seed: int = 0) -> Tensor:
+def similarity(routes: TokenRoutes, embedding: Tensor | None) -> dict[str, Any]:
+    """Distances and divergences of the experts of each kept layer, and their means over layers if sizes are alike."""
+    kinds = {
+        "wasserstein": [wasserstein(table, embedding) for table in routes.activations],
+        "kl": [kl_divergence(table) for table in routes.activations],
+    }
+    layers = [
+        {"layer": layer, "sizes": sizes, **{kind: without_nan(values[i]) for kind, values in kinds.items()}}
+        for i, (layer, sizes) in enumerate(zip(routes.layers, routes.kept_sizes))
+    ]
+    mean = None
+    if all(sizes == routes.kept_sizes[0] for sizes in routes.kept_sizes):
+        means = {kind: without_nan(torch.stack(values).nanmean(0)) for kind, values in kinds.items()}
+        mean = {"sizes": routes.kept_sizes[0], **means}
+    return {"layers": layers, "mean": mean}
+
+
+def wasserstein(table: Tensor, embedding: Tensor | None = None, num_projections: int = 64) -> Tensor:
     """Wasserstein-1 distances [E, E] between the experts' distributions over token types (HMoE Fig. 9a).
 
     The distribution of an expert is the frequency of types among the tokens routed to it. The paper does not say how
@@ -228,7 +242,7 @@ def wasserstein(table: Tensor, embedding: Tensor | None = None, num_projections:
     points = embedding[seen].double()
     points = points - points.mean(0)
     points = points / points.norm(dim=1).mean()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     directions = torch.randn(points.shape[1], num_projections, generator=generator, dtype=torch.float64)
     places = points @ (directions / directions.norm(dim=0))  # [V', projections]
     result = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64)

@@ -1,10 +1,12 @@
 """Everything that a training run can be told: dataclasses that a YAML recipe and the command line fill."""
 
+# ruff: noqa: RUF009 (`_field` makes a `dataclasses.field`)
+
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -16,15 +18,16 @@ OPEN_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr
 
 
 def _field(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
 def _check_choices(options: Any) -> None:
     """Raises ValueError for a field declared `Literal` with another value; the parser checks only what it parses."""
     for name, hint in get_type_hints(type(options)).items():
-        choices, value = get_args(hint), getattr(options, name, None)
-        if getattr(hint, "__origin__", None) is Literal and value not in choices:
-            raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}")
+        if get_origin(hint) is Literal and getattr(options, name) not in get_args(hint):
+            raise ValueError(f"`{name}` must be one of {list(get_args(hint))}, got {getattr(options, name)!r}")
 
 
 def parse_mapping(name: str, value: Any) -> dict[str, Any]:
@@ -53,22 +56,17 @@ class ModelOptions:
     preset: str | None = _field(None, "a model of the papers or its twin, such as hmoe-0.4b")
     model_name_or_path: str | None = _field(None, "checkpoint to continue from: a folder or a Hub name")
     model_type: str | None = _field(None, "type of a fresh model: hmoe, llama, mixtral, or any causal LM")
-    model_config: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "config fields over those of preset, checkpoint or type; --model_config.FIELD VALUE sets one"
-        },
+    model_config: dict | str | None = _field(
+        None, "config fields over those of preset, checkpoint or type; --model_config.FIELD VALUE sets one"
     )
     dtype: str | None = _field(None, "of the weights: float32, bfloat16, auto; default float32, mixed by --bf16")
     attn_implementation: str | None = _field(None, "sdpa, eager, flash_attention_2, flex_attention")
     experts_implementation: str | None = _field(None, ", ".join(EXPERTS_IMPLEMENTATIONS))
     trust_remote_code: bool = _field(False, "run the code that a checkpoint or tokenizer carries")
-    distributed: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "sharding by Transformers, fields of its DistributedConfig: fsdp_size, tp_size, ep_size; "
-            "--distributed.ep_size 2 sets one"
-        },
+    distributed: dict | str | None = _field(
+        None,
+        "sharding by Transformers, fields of its DistributedConfig: fsdp_size, tp_size, ep_size; "
+        "--distributed.ep_size 2 sets one",
     )
 
     def __post_init__(self) -> None:
@@ -112,17 +110,13 @@ class DataOptions:
 
     _argument_group_name = "data"
 
-    dataset: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "files, folders or globs of txt, jsonl, json, parquet or csv (.gz, .xz, .bz2, .zst too), folders "
-            "of `save_to_disk`, or Hub names; several make a mixture. An entry may be a mapping (JSON on the command "
-            "line) with path, weight, name, split, format, text_column, data_files"
-        },
+    dataset: list[str] = _field(
+        [],
+        "files, folders or globs of txt, jsonl, json, parquet or csv (.gz, .xz, .bz2, .zst too), folders "
+        "of `save_to_disk`, or Hub names; several make a mixture. An entry may be a mapping (JSON on the command "
+        "line) with path, weight, name, split, format, text_column, data_files",
     )
-    validation_dataset: list[str] = field(
-        default_factory=list, metadata={"help": "the same, held out; default: a part of `dataset`"}
-    )
+    validation_dataset: list[str] = _field([], "the same, held out; default: a part of `dataset`")
     validation_fraction: float = _field(0.0, "share of the documents held out, chosen by a hash of their text")
     max_validation_sequences: int | None = _field(None, "evaluate on this many sequences; 512 when streaming")
     max_documents: int | None = _field(None, "use only the first so many rows of each source")
@@ -207,14 +201,12 @@ class RunOptions:
 class HMoETrainingArguments(RunOptions, TrainingArguments):
     """`transformers.TrainingArguments` and what [`RunOptions`] adds."""
 
-    output_dir: str | None = field(default="runs/train", metadata={"help": "folder of checkpoints, logs and model"})
+    output_dir: str | None = _field("runs/train", "folder of checkpoints, logs and model")
     # Metrics are wanted from the first step on: a wrong run should be seen before step 500.
-    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
-    logging_first_step: bool = field(default=True, metadata={"help": "log the first step too"})
+    logging_steps: float = _field(10, "log every so many steps")
+    logging_first_step: bool = _field(True, "log the first step too")
     # Every parameter of a bank of experts gets a gradient; the search for others costs time in each step.
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "let DDP search for parameters without gradient"}
-    )
+    ddp_find_unused_parameters: bool | None = _field(False, "let DDP search for parameters without gradient")
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -233,21 +225,18 @@ class HMoETrainingArguments(RunOptions, TrainingArguments):
 
     def _check_schedule(self) -> None:
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
-        if self.max_train_flops and not self._has_length and schedule not in OPEN_SCHEDULES:
+        has_length = self.max_steps > 0 or self.max_train_tokens is not None
+        if self.max_train_flops and not has_length and schedule not in OPEN_SCHEDULES:
             raise ValueError(
                 f"`lr_scheduler_type`={schedule!r} needs to know the number of steps, and `max_train_flops`="
                 f"{self.max_train_flops:g} alone does not tell it (routing decides): give `max_steps` or "
                 "`max_train_tokens` too, where the schedule ends, or use 'constant_with_warmup'"
             )
 
-    @property
-    def _has_length(self) -> bool:
-        return self.max_steps > 0 or self.max_train_tokens is not None
-
 
 @dataclass
 class Arguments:
-    """Everything a run is told."""
+    """Everything a run is told; `recipe` holds the final values of what recipe and command line set, flat."""
 
     model: ModelOptions
     tokenizer: TokenizerOptions
@@ -255,7 +244,6 @@ class Arguments:
     lora: LoraOptions
     training: HMoETrainingArguments
     recipe: dict[str, Any]
-    """What recipe and command line set, flat."""
 
 
 OPTION_TYPES = (ModelOptions, TokenizerOptions, DataOptions, LoraOptions, HMoETrainingArguments)

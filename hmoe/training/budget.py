@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from hmoe.costs import TRAIN_FACTOR, ForwardFlops
 
+from .arguments import HMoETrainingArguments
 from .router_log import RouterWindow
 
 
@@ -59,27 +60,15 @@ class BudgetCallback(TrainerCallback, ExportableState):
             control.should_evaluate = control.should_evaluate or args.eval_strategy == "steps"
 
 
-def steps_for_budget(
-    flops: ForwardFlops,
-    *,
-    max_steps: int,
-    max_tokens: int | None,
-    max_flops: float | None,
-    tokens_per_step: int,
-    length: int,
-) -> int:
-    """The number of steps that the trainer has to plan for, -1 if no budget is given.
+def steps_for_budget(args: HMoETrainingArguments, flops: ForwardFlops, length: int) -> int:
+    """The number of steps that the trainer has to plan for, for sequences of `length`; -1 if no budget is given.
 
     Tokens give it exactly. FLOPs that depend on routing give the most steps there can be; the callback stops earlier.
     """
-    limits = [max_steps] if max_steps > 0 else []
-    if max_tokens is not None:
-        limits.append(math.ceil(max_tokens / tokens_per_step))
-    if max_flops is not None:
-        limits.append(math.ceil(max_flops / (TRAIN_FACTOR * flops.least(tokens_per_step, length))))
-    return min(limits) if limits else -1
-
-
-def tokens_per_step(args: TrainingArguments, length: int) -> int:
-    """Tokens of one optimizer step over all ranks, for sequences of `length`."""
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size * length
+    tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * length
+    limits = [args.max_steps] if args.max_steps > 0 else []
+    if args.max_train_tokens is not None:
+        limits.append(math.ceil(args.max_train_tokens / tokens_per_step))
+    if args.max_train_flops is not None:
+        limits.append(math.ceil(args.max_train_flops / (TRAIN_FACTOR * flops.least(tokens_per_step, length))))
+    return min(limits, default=-1)

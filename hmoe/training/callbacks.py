@@ -48,26 +48,18 @@ class JsonlMetrics(TrainerCallback):
         self.window = window
         self._opened = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.is_world_process_zero and state.global_step:
             self._drop_lines_after(state.global_step)
         elif state.is_world_process_zero and not self._opened:
             self._move_aside()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or logs is None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if not state.is_world_process_zero:
             return
         if not self._opened and not state.global_step:
             self._move_aside()
+        logs = kwargs["logs"]
         line = {"step": state.global_step, **logs}
         window = self.window()
         if "loss" in logs and window is not None and window.expert_tokens:
@@ -115,17 +107,10 @@ class RouterHeatMaps(TrainerCallback):
         self.sizes = getattr(config, "layer_expert_sizes", None)
         self._last_step = 0
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         window, writer = self.window(), self.tensorboard.tb_writer
         due = state.global_step - self._last_step >= state.max_steps / _MOST_HEAT_MAPS
-        if writer is None or window is None or not window.expert_tokens or "loss" not in (logs or {}) or not due:
+        if writer is None or window is None or not window.expert_tokens or "loss" not in kwargs["logs"] or not due:
             return
         self._last_step = state.global_step
         figure = load_figure(window.load(), self.sizes)
@@ -157,9 +142,7 @@ class StopOnSigterm(TrainerCallback):
     def _request(self, signum: int, frame: Any) -> None:
         self._signalled = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.requested = self._signalled
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(int(self._signalled), device=self.accelerator.device)

@@ -66,7 +66,7 @@ class ChatEncoder:
         return before + after, [False] * len(before) + [True] * len(after)
 
     def _conversation(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-        if "generation" in str(self.tokenizer.chat_template) and "endgeneration" in str(self.tokenizer.chat_template):
+        if "endgeneration" in str(self.tokenizer.chat_template):
             encoded = self.tokenizer.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )

@@ -14,7 +14,9 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from hmoe.errors import CommandError
@@ -64,6 +66,21 @@ def write_manifest(folder: Path) -> None:
         _flush_folder(parent)
 
 
+@contextmanager
+def clear_save_errors(staging: Path) -> Iterator[None]:
+    """Removes a staging folder that could not be written, and says what happened and what is left."""
+    try:
+        yield
+    except Exception as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        free = shutil.disk_usage(staging.parent).free / 2**20 if staging.parent.is_dir() else 0.0
+        raise CheckpointError(
+            f"the checkpoint {staging.name.removeprefix(STAGING_PREFIX)} could not be saved in {staging.parent} "
+            f"({free:,.0f} MiB free): {type(error).__name__}: {error}. Earlier checkpoints are untouched: make room "
+            "or mend the folder, then resume from the last one"
+        ) from error
+
+
 def publish_checkpoint(staging: Path, final: Path) -> None:
     """Renames a complete `staging` to `final`; an older folder of that name goes only after it."""
     replaced = final.with_name(f"{OLD_PREFIX}{final.name}")
@@ -110,6 +127,40 @@ def find_last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
             return str(path)
         logger.warning("Ignoring checkpoint %s: %s", path, damage)
     return None
+
+
+def resolve_checkpoint(requested: str | bool | None, output_dir: str) -> str | None:
+    """The folder to resume from: the one that is named, or the newest complete one of `output_dir`.
+
+    Args:
+        requested: as `HMoETrainer.train` takes it.
+
+    Raises:
+        CheckpointError: it is damaged, all are damaged, or `requested` is True and there is none.
+    """
+    if not requested:
+        return None
+    if requested is True or requested == "auto":
+        found = find_last_complete_checkpoint(output_dir)
+        broken = list_checkpoints(output_dir)
+        if found is None and broken:
+            raise CheckpointError(
+                f"none of the {len(broken)} checkpoints in `output_dir`={output_dir!r} is complete; "
+                f"{broken[-1].name}: {describe_damage(broken[-1])}. Start anew in another folder, restore a "
+                "checkpoint from a copy, or name the folder of one that another program wrote"
+            )
+        if found is None and requested is True:
+            raise CheckpointError(f"there is no checkpoint in `output_dir`={output_dir!r}: start without resuming")
+        return found
+    damage = describe_damage(requested)
+    if damage is not None and Path(requested, MANIFEST).exists():
+        raise CheckpointError(
+            f"checkpoint {requested} is damaged: {damage}. Resume from another one; resume_from_checkpoint=True takes "
+            "the newest that is whole"
+        )
+    if damage is not None:
+        logger.warning("Checkpoint %s cannot be checked: %s", requested, damage)
+    return str(requested)
 
 
 def clear_staging(output_dir: str | os.PathLike) -> None:

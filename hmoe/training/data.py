@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,23 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
-from numpy.typing import NDArray
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, default_data_collator
 from transformers.utils import logging
 
 from hmoe import __version__
-from hmoe.sources import Source, check_columns, compile_separator, load_source
+from hmoe.sources import Source, check_columns, load_source
 
 from .arguments import DataOptions
 from .chat import ChatEncoder
-from .documents import Split, TextEncoder
+from .documents import Split, TextEncoder, compile_separator
 from .packing import IGNORE, MixedDataset, PackedDataset, PackedStream, flatten_batch
 
 
 logger = logging.get_logger(__name__)
 
 STREAM_VALIDATION_SEQUENCES = 512
+STREAM_BATCH = 64
 
 
 @dataclass
@@ -83,10 +82,10 @@ def build_data(
     sources = [Source.parse(entry) for entry in options.dataset]
     weights = mixture_weights(sources, streaming=options.streaming)
     request = _Request(options, tokenizer, length, sources, weights, seed)
-    if options.task == "instruct":
-        return _build_instruct(request)
-    data = _build_stream(request) if options.streaming else _build_packed(request)
-    if flatten and request.within:
+    if options.streaming and options.task == "instruct":
+        raise ValueError("`streaming` is for `task`='pretrain': instruction data are small, leave it out")
+    data = _build_stream(request) if options.streaming else _build_mapped(request)
+    if flatten and request.within and options.task == "pretrain":
         data.collate = flatten_batch
     return data
 
@@ -118,9 +117,39 @@ class _Request:
         fraction = self.options.validation_fraction
         return (self.sources if fraction else []), Split(fraction, held_out=True)
 
-    def text_encoder(self, split: Split) -> TextEncoder:
+    def text_encoder(self, source: Source, split: Split) -> TextEncoder:
         options = self.options
-        return TextEncoder(self.tokenizer, split, compile_separator(options.document_separator), options.add_bos)
+        separator = compile_separator(options.document_separator)
+        column = source.text_column or options.text_column
+        return TextEncoder(self.tokenizer, column, split, separator, options.add_bos)
+
+    def chat_encoder(self, split: Split) -> ChatEncoder:
+        options = self.options
+        columns = (options.messages_column, options.prompt_column, options.answer_column)
+        return ChatEncoder(self.tokenizer, self.length, *columns, split)
+
+    def rows(self, source: Source, columns: list[str], option: str) -> Any:
+        """The first `max_documents` rows of a source, which must have `columns`; `option` sets their names."""
+        dataset = read_rows(source, self.options)
+        check_columns(dataset, columns, source, option)
+        limit = self.options.max_documents
+        if limit is None:
+            return dataset
+        return dataset.take(limit) if self.options.streaming else dataset.select(range(min(limit, len(dataset))))
+
+    def tokenize(self, dataset: Any, encoder: Callable, identity: tuple, features: datasets.Features | None) -> Any:
+        """The rows as token ids, from the cache of `datasets` if it has them; `identity` is what they depend on."""
+        # The fingerprint that `datasets` would take from a tokenizer changes once it has been used.
+        known = (dataset._fingerprint, __version__, *identity, _tokenizer_identity(self.tokenizer))
+        return dataset.map(
+            encoder,
+            batched=True,
+            remove_columns=dataset.column_names,
+            features=features,
+            num_proc=self.options.preprocessing_workers,
+            new_fingerprint=Hasher.hash(known),
+            desc="Tokenizing",
+        )
 
 
 def mixture_weights(sources: list[Source], *, streaming: bool) -> list[float] | None:
@@ -143,108 +172,11 @@ def mixture_weights(sources: list[Source], *, streaming: bool) -> list[float] | 
     return [1.0] if streaming else None
 
 
-def _build_packed(request: _Request) -> TrainingData:
-    parts: list[DataPart] = []
-
-    def packed(source: Source, split: Split) -> PackedDataset:
-        tokenized = _tokenize(source, request, split)
-        data = PackedDataset(tokenized, request.length, within=request.within)
-        documents = int((_document_lengths(tokenized) > 0).sum())
-        parts.append(DataPart(source, split.held_out, documents, data.num_tokens))
-        return data
-
-    train = [packed(source, request.train_split) for source in request.sources]
-    for part, source in zip(train, request.sources):
-        if not len(part):
-            raise ValueError(
-                f"{source.path!r} holds {part.num_tokens} tokens to train on, fewer than one sequence of "
-                f"{request.length}: add text, or lower `sequence_length`"
-            )
-    chosen, split = request.validation
-    validation = [packed(source, split) for source in chosen]
-    if validation and not sum(map(len, validation)):
-        tokens = sum(part.num_tokens for part in validation)
-        raise ValueError(
-            f"the validation data hold {tokens} tokens, fewer than one sequence of {request.length}: raise "
-            f"`validation_fraction` (now {request.options.validation_fraction}), name a larger `validation_dataset`, "
-            "or lower `sequence_length`. A file is one document unless `text_documents` or `document_separator` say "
-            "otherwise"
-        )
-    train_data = train[0] if len(train) == 1 else MixedDataset(train, request.weights)
-    held_out = _first(validation, request.options.max_validation_sequences)
-    return TrainingData(train_data, held_out, default_data_collator, parts)
-
-
-def _first(parts: list[PackedDataset], limit: int | None) -> Dataset | None:
-    if not parts:
-        return None
-    whole = parts[0] if len(parts) == 1 else MixedDataset([part for part in parts if len(part)])
-    if limit is None or len(whole) <= limit:
-        return whole
-    # Evenly spread, so that a mixture is represented by all of its sources.
-    return Subset(whole, np.linspace(0, len(whole) - 1, limit).astype(int).tolist())
-
-
 def read_rows(source: Source, options: DataOptions) -> Any:
     """The raw rows of a source, text files parted as `options` ask for."""
     whole = options.document_separator is not None or options.text_documents == "file"
     sample_by = "document" if whole else options.text_documents
     return load_source(source, streaming=options.streaming, sample_by=sample_by, cache_dir=options.data_cache_dir)
-
-
-def _raw(source: Source, options: DataOptions) -> tuple[Any, str]:
-    """The rows of a source, limited to `max_documents`, and the name of its text column."""
-    dataset = read_rows(source, options)
-    column = source.text_column or options.text_column
-    check_columns(dataset, [column], source, "text_column")
-    if options.max_documents is not None:
-        if options.streaming:
-            dataset = dataset.take(options.max_documents)
-        else:
-            dataset = dataset.select(range(min(options.max_documents, len(dataset))))
-    return dataset, column
-
-
-def _tokenize(source: Source, request: _Request, split: Split) -> Any:
-    options = request.options
-    dataset, column = _raw(source, options)
-    # Known beforehand, so that a split without documents is an empty data set and not an error.
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "bad": datasets.Value("int64")})
-    tokenized = _cached_map(
-        dataset,
-        partial(_encode_column, request.text_encoder(split), column),
-        ("text", column, split, options.document_separator, options.add_bos),
-        request,
-        features,
-    )
-    _warn_of_documents(tokenized, source)
-    return tokenized
-
-
-def _encode_column(encoder: TextEncoder, column: str, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return encoder([text if isinstance(text, str) else _refuse_value(column, text) for text in rows[column]])
-
-
-def _refuse_value(column: str, value: Any) -> str:
-    if value is None:
-        return ""
-    raise ValueError(f"column {column!r} holds {type(value).__name__} ({str(value)[:80]!r}), not text")
-
-
-def _cached_map(
-    dataset: Any, function: Callable, identity: tuple, request: _Request, features: datasets.Features | None = None
-) -> Any:
-    # The fingerprint that `datasets` would take from a tokenizer changes once it has been used.
-    known = (dataset._fingerprint, __version__, *identity, _tokenizer_identity(request.tokenizer))
-    return dataset.map(
-        function,
-        batched=True,
-        remove_columns=dataset.column_names,
-        features=features,
-        num_proc=request.options.preprocessing_workers,
-        new_fingerprint=Hasher.hash(known),
-        desc="Tokenizing",
-    )
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -255,13 +187,58 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return (text, str(tokenizer.special_tokens_map), str(tokenizer.chat_template))
 
 
-def _column(tokenized: Any, name: str) -> NDArray:
-    return tokenized.with_format("numpy")[name][:] if len(tokenized) else np.zeros(0, dtype=np.int64)
+def _build_mapped(request: _Request) -> TrainingData:
+    """Data that are tokenized before training: documents, packed, or conversations."""
+    options, are_chats = request.options, request.options.task == "instruct"
+    read = _read_conversations if are_chats else _read_documents
+    train = [read(request, source, request.train_split) for source in request.sources]
+    chosen, split = request.validation
+    validation = [read(request, source, split) for source in chosen]
+    filled = [data for data, _ in validation if len(data)]
+    if validation and not filled:
+        found = (
+            f"{sum(part.tokens or 0 for _, part in validation)} tokens, fewer than one sequence of {request.length}"
+        )
+        if are_chats:
+            found = f"no conversation with an answer within {request.length} tokens"
+        if not are_chats:
+            num_tokens = sum(data.num_tokens for data, _ in validation)
+            found = (
+                f"{num_tokens} tokens, fewer than one sequence of {request.length} (a text file is one document, "
+                "unless `text_documents` or `document_separator` say otherwise)"
+            )
+        raise ValueError(
+            f"the validation data hold {found}: raise `validation_fraction` (now {options.validation_fraction}), name "
+            f"a larger `validation_dataset`, or {'raise' if are_chats else 'lower'} `sequence_length`"
+        )
+    held_out = _mix(filled)
+    limit = options.max_validation_sequences
+    if held_out is not None and limit is not None and limit < len(held_out):
+        # Sequences are evenly spread, so that a mixture is represented by all of its sources.
+        spread = np.linspace(0, len(held_out) - 1, limit).astype(int).tolist()
+        held_out = Subset(held_out, range(limit) if are_chats else spread)
+    collate = default_data_collator
+    if are_chats:
+        collate = DataCollatorForSeq2Seq(with_padding(request.tokenizer), padding=True, label_pad_token_id=IGNORE)
+    parts = [part for _, part in [*train, *validation]]
+    return TrainingData(_mix([data for data, _ in train], request.weights), held_out, collate, parts)
 
 
-def _warn_of_documents(tokenized: Any, source: Source) -> None:
-    lengths = _document_lengths(tokenized)
-    bad = _column(tokenized, "bad")
+def _mix(data: list[Any], weights: list[float] | None = None) -> Any:
+    if len(data) > 1:
+        return MixedDataset(data, weights)
+    return data[0] if data else None
+
+
+def _read_documents(request: _Request, source: Source, split: Split) -> tuple[PackedDataset, DataPart]:
+    options, encoder = request.options, request.text_encoder(source, split)
+    rows = request.rows(source, [encoder.column], "text_column")
+    # Known beforehand, so that a split without documents is an empty data set and not an error.
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32")), "bad": datasets.Value("int64")})
+    identity = ("text", encoder.column, split, options.document_separator, options.add_bos)
+    tokenized = request.tokenize(rows, encoder, identity, features)
+    data = PackedDataset(tokenized, request.length, within=request.within)
+    lengths, bad = data.document_lengths, tokenized.data.column("bad").to_numpy()
     if empty := int((lengths == 0).sum()):
         logger.warning(f"{source.path}: left out {empty} of {len(lengths)} documents that are empty")
     if affected := int((bad > 0).sum()):
@@ -269,22 +246,50 @@ def _warn_of_documents(tokenized: Any, source: Source) -> None:
             f"{source.path}: {affected} of {len(lengths)} documents hold bytes that are not UTF-8, replaced by U+FFFD "
             f"at {int(bad.sum())} places; convert the files to UTF-8 if these are many"
         )
+    if not (len(data) or split.held_out):
+        raise ValueError(
+            f"{source.path!r} holds {data.num_tokens} tokens to train on, fewer than one sequence of "
+            f"{request.length}: add text, or lower `sequence_length`"
+        )
+    return data, DataPart(source, split.held_out, len(lengths) - empty, data.num_tokens)
 
 
-def _document_lengths(tokenized: Any) -> NDArray:
-    chunks = tokenized.with_format("arrow").data.column("input_ids").chunks
-    return np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(chunk.offsets.to_numpy()) for chunk in chunks)])
+def _read_conversations(request: _Request, source: Source, split: Split) -> tuple[datasets.Dataset, DataPart]:
+    encoder = request.chat_encoder(split)
+    option = "messages_column" if encoder.prompt is None else "prompt_column, answer_column"
+    rows = request.rows(source, encoder.columns, option)
+    encoded = request.tokenize(rows, encoder, ("chat", encoder.columns, split, request.length), None)
+    data = _keep_answers(encoded, source, request.length)
+    if not (len(data) or split.held_out):
+        raise ValueError(f"{source.path!r} holds no conversation with an answer within {request.length} tokens")
+    return data, DataPart(source, split.held_out, len(data))
+
+
+def _keep_answers(rows: Any, source: Source, length: int) -> Any:
+    if not len(rows):
+        return rows
+    kept = rows.filter(
+        lambda labels: any(label != IGNORE for label in labels), input_columns="labels", desc="Checking"
+    )
+    if dropped := len(rows) - len(kept):
+        logger.warning(f"{source.path}: left out {dropped} of {len(rows)} conversations without an answer to learn")
+    if cut := sum(kept["cut"]):
+        logger.warning(f"{source.path}: cut {cut} of {len(kept)} conversations to `sequence_length`={length}")
+    return kept.remove_columns("cut")
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or a copy that pads with EOS where it has no padding token."""
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _build_stream(request: _Request) -> TrainingData:
     def stream(sources: list[Source], split: Split, weights: list[float]) -> PackedStream:
-        raw = [_raw(source, request.options) for source in sources]
-        rows = [dataset.select_columns([column]) for dataset, column in raw]
-        if not split.held_out:
-            buffer = request.options.shuffle_buffer
-            rows = [dataset.shuffle(seed=request.seed, buffer_size=buffer) for dataset in rows]
-        encode = _StreamEncoder(request.text_encoder(split), sources, [column for _, column in raw])
-        return PackedStream(rows, weights, encode, request.length, within=request.within, seed=request.seed)
+        documents = [_stream_documents(request, source, split) for source in sources]
+        return PackedStream(documents, weights, request.length, within=request.within, seed=request.seed)
 
     assert request.weights is not None
     train = stream(request.sources, request.train_split, request.weights)
@@ -303,95 +308,27 @@ def _build_stream(request: _Request) -> TrainingData:
     return TrainingData(train, validation, default_data_collator, parts)
 
 
+def _stream_documents(request: _Request, source: Source, split: Split) -> datasets.IterableDataset:
+    """Documents of token ids, encoded as they are read; training documents are shuffled."""
+    encoder = request.text_encoder(source, split)
+    rows = request.rows(source, [encoder.column], "text_column").select_columns([encoder.column])
+    if not split.held_out:
+        rows = rows.shuffle(seed=request.seed, buffer_size=request.options.shuffle_buffer)
+    encode = _StreamEncoder(encoder, source.path)
+    return rows.map(encode, batched=True, batch_size=STREAM_BATCH, remove_columns=[encoder.column])
+
+
 @dataclass
 class _StreamEncoder:
-    """Documents of streamed rows; says once for each source if bytes are not UTF-8."""
+    """Encodes streamed rows; says once if bytes are not UTF-8."""
 
     encoder: TextEncoder
-    sources: list[Source]
-    columns: list[str]
-    warned: set[int] = field(default_factory=set)
+    path: str
+    warned: bool = False
 
-    def __call__(self, index: int, rows: list[dict[str, Any]]) -> list[NDArray]:
-        encoded = self.encoder([_text_of(row, self.columns[index]) for row in rows])
-        if index not in self.warned and any(encoded["bad"]):
-            self.warned.add(index)
-            logger.warning(
-                f"{self.sources[index].path}: documents hold bytes that are not UTF-8, replaced by U+FFFD (said once)"
-            )
-        return [ids for ids in encoded["input_ids"] if len(ids)]
-
-
-def _text_of(row: dict[str, Any], column: str) -> str:
-    value = row[column]
-    return value if isinstance(value, str) else _refuse_value(column, value)
-
-
-def _build_instruct(request: _Request) -> TrainingData:
-    options = request.options
-    if options.streaming:
-        raise ValueError("`streaming` is for `task`='pretrain': instruction data are small, leave it out")
-    parts: list[DataPart] = []
-
-    def encoded(source: Source, split: Split) -> Any:
-        rows = _encode_source(source, request, split)
-        parts.append(DataPart(source, split.held_out, len(rows)))
-        return rows
-
-    train = [encoded(source, request.train_split) for source in request.sources]
-    for part, source in zip(train, request.sources):
-        if not len(part):
-            raise ValueError(f"{source.path!r} holds no conversation with an answer within {request.length} tokens")
-    chosen, split = request.validation
-    validation = [part for part in (encoded(source, split) for source in chosen) if len(part)]
-    if chosen and not validation:
-        raise ValueError(
-            f"`validation_fraction`={options.validation_fraction} holds out no conversation: raise it, or name a "
-            "`validation_dataset`"
-        )
-    held_out = datasets.concatenate_datasets(validation) if validation else None
-    if held_out is not None and options.max_validation_sequences is not None:
-        held_out = held_out.select(range(min(options.max_validation_sequences, len(held_out))))
-    train_data = train[0] if len(train) == 1 else MixedDataset(train, request.weights)
-    collate = DataCollatorForSeq2Seq(with_padding(request.tokenizer), padding=True, label_pad_token_id=IGNORE)
-    return TrainingData(train_data, held_out, collate, parts)
-
-
-def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer, or a copy that pads with EOS where it has no padding token."""
-    if tokenizer.pad_token is None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _encode_source(source: Source, request: _Request, split: Split) -> Any:
-    options = request.options
-    encoder = ChatEncoder(
-        request.tokenizer, request.length, options.messages_column, options.prompt_column, options.answer_column, split
-    )
-    dataset = read_rows(source, options)
-    option = "messages_column" if options.prompt_column is None else "prompt_column, answer_column"
-    check_columns(dataset, encoder.columns, source, option)
-    if options.max_documents is not None:
-        dataset = dataset.select(range(min(options.max_documents, len(dataset))))
-    identity = ("chat", encoder.columns, split, request.length)
-    rows = _cached_map(dataset, partial(_encode_chats, encoder), identity, request)
-    return _keep_answers(rows, source, request.length)
-
-
-def _encode_chats(encoder: ChatEncoder, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return encoder(rows)
-
-
-def _keep_answers(rows: Any, source: Source, length: int) -> Any:
-    if not len(rows):
-        return rows
-    kept = rows.filter(
-        lambda labels: any(label != IGNORE for label in labels), input_columns="labels", desc="Checking"
-    )
-    if dropped := len(rows) - len(kept):
-        logger.warning(f"{source.path}: left out {dropped} of {len(rows)} conversations without an answer to learn")
-    if cut := sum(kept["cut"]):
-        logger.warning(f"{source.path}: cut {cut} of {len(kept)} conversations to `sequence_length`={length}")
-    return kept.remove_columns("cut")
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded = self.encoder(rows)
+        if not self.warned and any(encoded["bad"]):
+            self.warned = True
+            logger.warning(f"{self.path}: documents hold bytes that are not UTF-8, replaced by U+FFFD (said once)")
+        return encoded

@@ -33,13 +33,14 @@ TRAIN_ON_ALL = Split()
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Documents of token ids, each ended by EOS, from texts.
+    """Documents of token ids, each ended by EOS, from the texts in `column` of some rows.
 
     An empty document gives an empty list, so that it can be counted. `bad` counts characters that the reader put in
     place of bytes that are not UTF-8.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    column: str = "text"
     split: Split = TRAIN_ON_ALL
     separator: re.Pattern[str] | None = None
     add_bos: bool = False
@@ -50,10 +51,17 @@ class TextEncoder:
         if self.add_bos and self.tokenizer.bos_token_id is None:
             raise ValueError("`add_bos` is set, but the tokenizer has no BOS token: leave it out")
 
-    def __call__(self, texts: list[str | None]) -> dict[str, list[Any]]:
-        """Columns `input_ids` and `bad`, one entry a document of this split."""
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Columns `input_ids` and `bad`, one entry a document of this split.
+
+        Raises:
+            ValueError: for a value that is neither text nor null.
+        """
         documents = [
-            part for text in texts for part in split_text(text or "", self.separator) if self.split.takes(part)
+            part
+            for value in rows[self.column]
+            for part in split_text(self._text(value), self.separator)
+            if self.split.takes(part)
         ]
         filled = [text for text in documents if text]
         encoded = iter(self._ids(filled) if filled else [])  # a tokenizer refuses an empty batch
@@ -64,6 +72,11 @@ class TextEncoder:
             columns["input_ids"].append(np.asarray(tokens, dtype=np.int32))
             columns["bad"].append(text.count("\ufffd"))
         return columns
+
+    def _text(self, value: Any) -> str:
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"column {self.column!r} holds {type(value).__name__} ({str(value)[:80]!r}), not text")
+        return value or ""
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -77,3 +90,13 @@ def split_text(text: str, separator: re.Pattern[str] | None) -> list[str]:
     # What stands before the first separator is a document only if it holds something.
     parts = [part.strip("\n") for part in separator.split(text)]
     return [part for part in parts if part.strip()]
+
+
+def compile_separator(pattern: str | None) -> re.Pattern[str] | None:
+    """The regular expression of the lines that part documents."""
+    if pattern is None:
+        return None
+    try:
+        return re.compile(pattern, re.MULTILINE)
+    except re.error as error:
+        raise ValueError(f"`document_separator`={pattern!r} is not a regular expression: {error}") from None

@@ -18,8 +18,6 @@ from .arguments import LoraOptions, ModelOptions
 
 logger = logging.get_logger(__name__)
 
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
 
 def build_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None = None) -> Any:
     """The config of the model.
@@ -32,10 +30,11 @@ def build_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | Non
     """
     fields = dict(options.model_config or {})  # type: ignore[arg-type]
     if options.model_name_or_path is not None:
-        config = _checkpoint_config(options, fields)
+        name, trust = options.model_name_or_path, options.trust_remote_code
+        config = load_checkpoint(AutoConfig.from_pretrained, name, "config", trust_remote_code=trust, **fields)
     else:
         if tokenizer is not None:
-            for name in SPECIAL_TOKENS:
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 fields.setdefault(name, getattr(tokenizer, name))
         if options.preset is not None:
             _check_fields(HMoEConfig, fields, options.preset)
@@ -51,11 +50,6 @@ def build_config(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | Non
             "tokenizer"
         )
     return config
-
-
-def _checkpoint_config(options: ModelOptions, fields: dict[str, Any]) -> Any:
-    name, trust = str(options.model_name_or_path), options.trust_remote_code
-    return load_checkpoint(AutoConfig.from_pretrained, name, "config", trust_remote_code=trust, **fields)
 
 
 def _typed_config(model_type: str, fields: dict[str, Any]) -> Any:
@@ -82,24 +76,17 @@ def build_model(options: ModelOptions, config: Any) -> Any:
     for name in ("attn_implementation", "experts_implementation"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
+    distributed = {"distributed_config": build_distributed_config(options.distributed)} if options.distributed else {}
     if options.model_name_or_path is not None:
-        if options.distributed:
-            settings["distributed_config"] = build_distributed_config(options.distributed)
-        name = options.model_name_or_path
-        return load_checkpoint(AutoModelForCausalLM.from_pretrained, name, config=config, **settings)
+        name, sharded = options.model_name_or_path, {**settings, **distributed}
+        return load_checkpoint(AutoModelForCausalLM.from_pretrained, name, config=config, **sharded)
     if settings["dtype"] == "auto":
         del settings["dtype"]
     model = AutoModelForCausalLM.from_config(config, **settings)
-    if options.distributed:
+    if distributed:
         # Transformers shards only what it loads; every rank draws the weights of the seed and keeps its part of them.
         weights, generation = model.state_dict(), model.generation_config
-        model = type(model).from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            distributed_config=build_distributed_config(options.distributed),
-            **settings,
-        )
+        model = type(model).from_pretrained(None, config=config, state_dict=weights, **settings, **distributed)
         model.generation_config = generation
     return model
 
@@ -136,23 +123,16 @@ def add_lora(model: Any, options: LoraOptions) -> Any:
     except ImportError:
         raise ValueError("`lora` needs PEFT: pip install 'hmoe[peft]'") from None
 
-    if is_hmoe(model.config):
-        from hmoe.lora import lora_config
+    scales: dict[str, Any] = {
+        "r": options.lora_r,
+        "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout,
+    }
+    if not is_hmoe(model.config):
+        return get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **scales))
 
-        config = lora_config(
-            options.lora_r,
-            attention=options.lora_attention,
-            experts=options.lora_experts,
-            router=options.lora_router,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-        )
-    else:
-        config = LoraConfig(
-            r=options.lora_r,
-            lora_alpha=options.lora_alpha,
-            lora_dropout=options.lora_dropout,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
+    from hmoe.lora import lora_config
+
+    experts, router = options.lora_experts, options.lora_router
+    config = lora_config(attention=options.lora_attention, experts=experts, router=router, **scales)
     return get_peft_model(model, config)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, islice
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate, count
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,7 +20,6 @@ from transformers.data.data_collator import default_data_collator
 
 
 IGNORE = -100
-STREAM_BATCH = 64
 
 
 def make_sequence(ids: NDArray, starts: NDArray | None = None) -> dict[str, Tensor]:
@@ -55,25 +57,27 @@ class PackedDataset(Dataset):
         self.tokenized = tokenized
         self.length = length
         self.within = within
-        self._chunks: list[tuple[NDArray, NDArray]] | None = None
-        self.num_tokens = sum(int(offsets[-1] - offsets[0]) for _, offsets in self.chunks)
+        self.num_tokens = len(self._tokens)
+
+    @cached_property
+    def _tokens(self) -> pa.ChunkedArray:
+        """All documents as one array, whose chunks lie in the file."""
+        column = self.tokenized.data.column("input_ids")
+        return pa.chunked_array([chunk.flatten() for chunk in column.chunks], column.type.value_type)
 
     @property
-    def chunks(self) -> list[tuple[NDArray, NDArray]]:
-        """Per chunk of the Arrow column: its tokens, and the offsets of its documents."""
-        if self._chunks is None:
-            column = self.tokenized.with_format("arrow").data.column("input_ids")
-            self._chunks = [
-                (chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy(zero_copy_only=False))
-                for chunk in column.chunks
-                if len(chunk)
-            ]
-            sizes = (int(offsets[-1] - offsets[0]) for _, offsets in self._chunks)
-            self._ends = list(accumulate(sizes))
-        return self._chunks
+    def document_lengths(self) -> NDArray:
+        return pc.list_value_length(self.tokenized.data.column("input_ids")).to_numpy()
+
+    @cached_property
+    def _starts(self) -> NDArray:
+        """Where each document starts among all tokens."""
+        lengths = self.document_lengths
+        return np.cumsum(lengths, dtype=np.int64) - lengths
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chunks": None}
+        # Arrow would copy the tokens into a pickle; a process that gets this opens the file.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_tokens", "_starts")}
 
     def __len__(self) -> int:
         return self.num_tokens // self.length
@@ -82,28 +86,21 @@ class PackedDataset(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         begin = (index % len(self)) * self.length
-        end = begin + self.length
-        chunks, tokens, starts = self.chunks, [], [np.zeros(1, dtype=np.int64)]
-        chunk, taken = bisect_right(self._ends, begin), 0
-        while taken < self.length:
-            values, offsets = chunks[chunk]
-            first = int(offsets[0]) + begin + taken - (self._ends[chunk - 1] if chunk else 0)
-            last = min(first + self.length - taken, int(offsets[-1]))
-            tokens.append(values[first:last])
-            if self.within:
-                inside = offsets[np.searchsorted(offsets, first) : np.searchsorted(offsets, last)]
-                starts.append(inside.astype(np.int64) - first + taken)
-            taken += last - first
-            chunk += 1
-        assert begin + taken == end
-        return make_sequence(np.concatenate(tokens), np.concatenate(starts) if self.within else None)
+        ids = self._tokens.slice(begin, self.length).to_numpy()
+        return make_sequence(ids, _starts_within(self._starts, begin, self.length) if self.within else None)
+
+
+def _starts_within(starts: NDArray, begin: int, length: int) -> NDArray:
+    """Where the documents of a sequence start in it, from ascending `starts` in all tokens; the first is its own."""
+    first, last = np.searchsorted(starts, [begin, begin + length])
+    return np.union1d(starts[first:last] - begin, [0])
 
 
 class MixedDataset(Dataset):
-    """Several data sets as one, in given shares.
+    """Data sets one after another, each repeated until it has its share.
 
-    Without weights every item stands once. With weights each data set has its share of the items, and every item
-    stands at least once: the one that is largest for its weight is read once, the others are repeated.
+    Without weights every item comes once. With weights the data set that is largest relative to its weight comes once,
+    and the others are repeated.
     """
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float] | None = None):
@@ -132,16 +129,14 @@ class PackedStream(IterableDataset):
     The order depends on `seed` alone, so that a resumed run finds its place by skipping what it has read.
 
     Args:
-        sources: `datasets.IterableDataset`s of raw rows, already shuffled with a seed.
+        sources: `datasets.IterableDataset`s with a column `input_ids` of documents, already shuffled with a seed.
         weights: how often a sequence comes from each source.
-        encode: documents of token ids from some raw rows of one source, given its index.
     """
 
     def __init__(
         self,
         sources: Sequence[Any],
         weights: Sequence[float],
-        encode: Callable[[int, list[dict[str, Any]]], Iterable[NDArray]],
         length: int,
         *,
         within: bool = False,
@@ -149,7 +144,6 @@ class PackedStream(IterableDataset):
     ):
         self.sources = list(sources)
         self.weights = np.asarray(weights, dtype=np.float64) / sum(weights)
-        self.encode = encode
         self.length = length
         self.within = within
         self.seed = seed
@@ -157,7 +151,7 @@ class PackedStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         choose = np.random.default_rng([self.seed, worker.id if worker else 0])
-        streams = [self._sequences(self._documents(index)) for index in range(len(self.sources))]
+        streams = [self._sequences(self._documents(source, count())) for source in self.sources]
         while True:
             sequence = next(streams[choose.choice(len(streams), p=self.weights)], None)
             if sequence is None:
@@ -166,23 +160,21 @@ class PackedStream(IterableDataset):
 
     def first_pass(self) -> Iterator[dict[str, Tensor]]:
         """The sequences of one pass over the sources, one source after another."""
-        for index in range(len(self.sources)):
-            yield from self._sequences(self._documents(index, passes=1))
+        for source in self.sources:
+            yield from self._sequences(self._documents(source, range(1)))
 
-    def _documents(self, index: int, passes: int | None = None) -> Iterator[NDArray]:
-        epoch = 0
-        while passes is None or epoch < passes:
-            self.sources[index].set_epoch(epoch)
-            rows, found = iter(self.sources[index]), False
-            while batch := list(islice(rows, STREAM_BATCH)):
-                for document in self.encode(index, batch):
+    def _documents(self, source: Any, epochs: Iterable[int]) -> Iterator[NDArray]:
+        for epoch in epochs:
+            source.set_epoch(epoch)
+            found = False
+            for row in source:
+                if len(row["input_ids"]):
                     found = True
-                    yield document
+                    yield row["input_ids"]
             if not found:
                 if get_worker_info() is None:
                     raise ValueError("a streamed source holds no document: all are empty or held out")
                 return  # more loader workers than shards
-            epoch += 1
 
     def _sequences(self, documents: Iterable[NDArray]) -> Iterator[dict[str, Tensor]]:
         waiting: list[NDArray] = []
@@ -196,8 +188,7 @@ class PackedStream(IterableDataset):
             starts = np.cumsum([0, *map(len, waiting)])
             begin = 0
             while size - begin >= self.length:
-                inside = starts[np.searchsorted(starts, begin) : np.searchsorted(starts, begin + self.length)] - begin
-                marks = np.union1d(inside, [0]) if self.within else None
+                marks = _starts_within(starts, begin, self.length) if self.within else None
                 yield make_sequence(tokens[begin : begin + self.length], marks)
                 begin += self.length
             waiting, size = [tokens[begin:]], size - begin

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,15 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hmoe.errors import did_you_mean
 
-from .arguments import (
-    OPTION_TYPES,
-    DataOptions,
-    HMoETrainingArguments,
-    LoraOptions,
-    ModelOptions,
-    TokenizerOptions,
-    known_fields,
-)
+from .arguments import OPTION_TYPES, Arguments, known_fields
 
 
 SECTIONS = ("model", "tokenizer", "data", "lora", "training")
@@ -33,18 +25,6 @@ DESCRIPTION = (
     "A field stands in the recipe, at the top or in a section, or on the command line, which wins. Every field of "
     "transformers.TrainingArguments is one too; --help_all lists them."
 )
-
-
-@dataclass
-class Arguments:
-    """The arguments of a run; `recipe` holds the final values of what recipe and command line set, flat."""
-
-    model: ModelOptions
-    tokenizer: TokenizerOptions
-    data: DataOptions
-    lora: LoraOptions
-    training: HMoETrainingArguments
-    recipe: dict[str, Any]
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -70,7 +50,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if unknown:
         raise ValueError(_unknown_argument(unknown))
     model, tokenizer, data, lora, training = parsed
-    return Arguments(model, tokenizer, data, lora, training, recipe=_given(parsed, recipe, rest))
+    return Arguments(model, tokenizer, data, lora, training, _given(parsed, recipe, rest))
 
 
 class _Parser(HfArgumentParser):
@@ -150,17 +130,20 @@ def take_dotted(argv: list[str], mappings: Collection[str]) -> tuple[dict[str, d
     """Splits `--model_config.hidden_size 64` off: {"model_config": {"hidden_size": 64}}."""
     taken: dict[str, dict[str, Any]] = {}
     rest: list[str] = []
-    words: Iterator[str] = iter(argv)
+    words = iter(argv)
     for word in words:
-        flag, _, value = word.partition("=")
-        name, dot, key = flag.removeprefix("--").partition(".")
-        if not (word.startswith("--") and dot and name.replace("-", "_") in mappings):
+        flag, equals, value = word.partition("=")
+        mapping, dot, key = flag.partition(".")
+        if not (dot and mapping.startswith("--") and _name_of(mapping) in mappings):
             rest.append(word)
             continue
-        if "=" not in word:
-            value = next(words, "")
-        taken.setdefault(name.replace("-", "_"), {})[key] = yaml.load(value, _Loader)
+        taken.setdefault(_name_of(mapping), {})[key] = yaml.load(value if equals else next(words, ""), _Loader)
     return taken, rest
+
+
+def _name_of(word: str) -> str:
+    """The field that a word of the command line sets: `--learning-rate=1e-3` sets learning_rate."""
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,21 +175,15 @@ def _word(value: Any) -> str:
 
 
 def _unknown_argument(words: list[str]) -> str:
-    for word in words:
-        if word.startswith("--"):
-            name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-            return f"unknown argument `--{name}`{nearest(name, known_fields())}"
+    names = [_name_of(word) for word in words if word.startswith("--")]
+    if names:
+        return f"unknown argument `--{names[0]}`{nearest(names[0], known_fields())}"
     return f"unexpected words {words}: every argument is `--field value`"
 
 
 def _given(parsed: list[Any], recipe: Mapping[str, Any], argv: list[str]) -> dict[str, Any]:
     """The final values of all fields that recipe or command line name."""
-    flags = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    flags |= {flag.removeprefix("no_") for flag in flags}
-    values: dict[str, Any] = {}
-    for options in parsed:
-        for f in fields(options):
-            if f.init and (f.name in recipe or f.name in flags):
-                value = getattr(options, f.name)
-                values[f.name] = getattr(value, "value", value)
-    return {name: value for name, value in values.items() if name not in ("hub_token",)}
+    flags = {_name_of(word) for word in argv if word.startswith("--")}
+    given = {*recipe, *flags, *(flag.removeprefix("no_") for flag in flags)} - {"hub_token"}
+    values = {f.name: getattr(options, f.name) for options in parsed for f in fields(options) if f.name in given}
+    return {name: getattr(value, "value", value) for name, value in values.items()}

@@ -22,9 +22,6 @@ from hmoe.routers import balance, tokens_per_expert
 from hmoe.routing_hmoe import ROUTER_LOSSES
 
 
-DETAILS = ("off", "brief", "per_layer")
-
-
 @dataclass
 class RouterWindow:
     """Sums over all ranks, from one log to the next.
@@ -46,16 +43,17 @@ class RouterWindow:
     expert_tokens: list[list[float]] = field(default_factory=list)
 
     def __add__(self, other: RouterWindow) -> RouterWindow:
-        rows = self.expert_tokens or [[0.0] * len(row) for row in other.expert_tokens]
-        more = other.expert_tokens or [[0.0] * len(row) for row in rows]
         names = {**self.losses, **other.losses}
+        layers = zip(self.expert_tokens, other.expert_tokens)
         return RouterWindow(
             labels=self.labels + other.labels,
             losses={name: self.losses.get(name, 0.0) + other.losses.get(name, 0.0) for name in names},
             tokens=self.tokens + other.tokens,
             padded_tokens=self.padded_tokens + other.padded_tokens,
             flops=self.flops + other.flops,
-            expert_tokens=[[a + b for a, b in zip(row, row_more)] for row, row_more in zip(rows, more)],
+            expert_tokens=[[a + b for a, b in zip(*rows)] for rows in layers]
+            or self.expert_tokens
+            or other.expert_tokens,
         )
 
     def mean_losses(self) -> dict[str, float]:
@@ -109,18 +107,19 @@ class RouterMetrics:
         self, lm_loss: Tensor | None, terms: dict[str, Tensor], num_labels: Tensor, divisor: Tensor | int
     ) -> None:
         self._add("labels", num_labels)
-        wide = torch.float32 if num_labels.device.type == "mps" else torch.float64
         if lm_loss is not None:
             # The mean over no labels is NaN, and no labels count nothing.
-            self._add("lm_loss", torch.where(num_labels > 0, lm_loss.to(wide) * divisor, 0))
+            self._add("lm_loss", torch.where(num_labels > 0, lm_loss.to(_wide(lm_loss.device)) * divisor, 0))
         if terms:
             values = torch.stack([value.to(num_labels.device) for value in terms.values()])
-            self._add(" ".join(terms), values.to(wide) * num_labels)
+            self._add(" ".join(terms), values.to(_wide(values.device)) * num_labels)
 
     def _add_tokens(self, inputs: dict[str, Any], index: Sequence[Tensor], num_experts: list[int]) -> None:
-        first = _first_input(inputs)
+        first = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         batch, length = first.shape[:2]
-        mask = _token_mask(inputs)
+        mask = inputs.get("attention_mask")
+        # Masks of more dimensions describe pairs of tokens.
+        mask = mask.bool() if torch.is_tensor(mask) and mask.dim() == 2 else None  # [B, S]
         self._add("tokens", first.new_full((), batch * length, dtype=torch.int64) if mask is None else mask.sum())
         self._padded_tokens += batch * length
         self._num_experts = num_experts
@@ -145,9 +144,10 @@ class RouterMetrics:
         if not self._sums:
             return RouterWindow()
         device = self._sums["tokens"].device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        parts = {name: values.reshape(-1).to(device, wide) for name, values in self._sums.items()}
-        parts["host"] = torch.tensor([self._padded_tokens, self._forward_flops], dtype=wide, device=device)
+        host = torch.tensor([self._padded_tokens, self._forward_flops], dtype=_wide(device))
+        parts = {
+            name: values.reshape(-1).to(device, host.dtype) for name, values in (self._sums | {"host": host}).items()
+        }
         values = (reduce(torch.cat(list(parts.values()))) / replicas).split([len(part) for part in parts.values()])
         sums = {name: value.tolist() for name, value in zip(parts, values)}
         self._sums, self._padded_tokens, self._forward_flops = {}, 0, 0.0
@@ -180,14 +180,9 @@ def count_labels(inputs: dict[str, Any]) -> Tensor | None:
     return (labels != -100).sum()
 
 
-def _first_input(inputs: dict[str, Any]) -> Tensor:
-    return inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-
-
-def _token_mask(inputs: dict[str, Any]) -> Tensor | None:
-    """[B, S], or None where every token counts (masks of other ranks describe pairs of tokens)."""
-    mask = inputs.get("attention_mask")
-    return mask.bool() if torch.is_tensor(mask) and mask.dim() == 2 else None
+def _wide(device: torch.device) -> torch.dtype:
+    """The type that sums are kept in: the widest that the device has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _loss_terms(outputs: Any, config: Any, loss_scale: int) -> tuple[Tensor | None, dict[str, Tensor]]:

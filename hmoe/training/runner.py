@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 from transformers import set_seed
 
-from hmoe.costs import ForwardFlops, forward_flops
+from hmoe.costs import ForwardFlops, model_costs
 from hmoe.metrics import NextTokenMetrics, score_tokens
 
-from .budget import steps_for_budget, tokens_per_step
-from .card import push_folder, write_model_card
+from .budget import steps_for_budget
 from .data import build_data, with_padding
 from .model import add_lora, build_config, build_model
+from .publish import push_folder
 from .recipe import Arguments
 from .tokenizer import build_tokenizer
 from .trainer import HMoETrainer
@@ -56,8 +56,11 @@ class Run:
         model = build_model(arguments.model, config)
         if arguments.lora.lora:
             model = add_lora(model, arguments.lora)
-        self._plan_steps(forward_flops(model, args.flops_convention))
-        metrics = self._held_out_metrics()
+        self._plan_steps(model_costs(model).forward_flops(args.flops_convention))
+        metrics: dict[str, Any] = {}
+        if self.data.validation is not None:
+            args.batch_eval_metrics = True
+            metrics = {"compute_metrics": NextTokenMetrics(), "preprocess_logits_for_metrics": score_tokens}
         self.trainer = HMoETrainer(
             model=model,
             args=args,
@@ -100,26 +103,11 @@ class Run:
                 "`validation_fraction` or `validation_dataset`"
             )
 
-    def _held_out_metrics(self) -> dict[str, Any]:
-        """What `Trainer` needs to report next-token accuracy and perplexity, batch by batch."""
-        if self.data.validation is None:
-            return {}
-        self.args.batch_eval_metrics = True
-        return {"compute_metrics": NextTokenMetrics(), "preprocess_logits_for_metrics": score_tokens}
-
     def _plan_steps(self, flops: ForwardFlops) -> None:
         """Sets `max_steps` from the budgets; conversations vary in length, so there the callback alone counts."""
-        args = self.args
         if self.arguments.data.task == "pretrain":
-            args.max_steps = steps_for_budget(
-                flops,
-                max_steps=args.max_steps,
-                max_tokens=args.max_train_tokens,
-                max_flops=args.max_train_flops,
-                tokens_per_step=tokens_per_step(args, self.length),
-                length=self.length,
-            )
-        if self.arguments.data.streaming and args.max_steps < 1:
+            self.args.max_steps = steps_for_budget(self.args, flops, self.length)
+        if self.arguments.data.streaming and self.args.max_steps < 1:
             raise ValueError(
                 "`streaming` data have no end: give a budget with `max_steps`, `max_train_tokens` or `max_train_flops`"
             )
@@ -157,10 +145,20 @@ class Run:
 
     def _publish(self, metrics: dict[str, float]) -> None:
         """The model card, from what the run measured, and the final folder to the Hub with `push_to_hub`."""
-        trainer, args = self.trainer, self.args
+        trainer, args, window = self.trainer, self.args, self.trainer.router_window
         if not trainer.is_world_process_zero():
             return
-        write_model_card(trainer.model, self.tokenizer, args, self.output_dir, self._run_info(metrics))
+        evaluation = ("eval_loss", "eval_perplexity", "eval_accuracy")
+        trainer.card_info = {
+            "seconds": metrics.get("train_runtime"),
+            "losses": window.mean_losses() if window else {},
+            "evaluation": {name: metrics[name] for name in evaluation if name in metrics},
+            "data": [part.sentence() for part in self.data.parts],
+            "datasets": [part.source.path for part in self.data.parts if part.source.is_on_hub],
+            "recipe": self.arguments.recipe,
+            "base_model": self.arguments.model.model_name_or_path,
+        }
+        trainer.create_model_card()
         if args.push_to_hub:
             push_folder(
                 self.output_dir,
@@ -169,23 +167,3 @@ class Run:
                 private=args.hub_private_repo,
                 revision=args.hub_revision,
             )
-
-    def _run_info(self, metrics: dict[str, float]) -> dict[str, Any]:
-        state, window = self.trainer.state, self.trainer.router_window
-        base = self.arguments.model.model_name_or_path
-        return {
-            "steps": state.global_step,
-            "tokens": state.num_input_tokens_seen,
-            "flops": state.total_flos,
-            "seconds": metrics.get("train_runtime"),
-            "processes": self.args.world_size,
-            "losses": window.mean_losses() if window else {},
-            "load": window.load() if window else None,
-            "evaluation": {
-                name: metrics[name] for name in ("eval_loss", "eval_perplexity", "eval_accuracy") if name in metrics
-            },
-            "data": [part.sentence() for part in self.data.parts],
-            "datasets": [part.source.path for part in self.data.parts if part.source.is_on_hub],
-            "recipe": self.arguments.recipe,
-            "base_model": base,
-        }

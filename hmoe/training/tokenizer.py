@@ -12,18 +12,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from hmoe.sources import Source, check_columns, compile_separator, load_checkpoint
+from hmoe.sources import Source, check_columns, load_checkpoint
 
 from .arguments import DataOptions, ModelOptions, TokenizerOptions
 from .data import read_rows
-from .documents import Split, split_text
+from .documents import Split, compile_separator, split_text
 
 
 logger = logging.get_logger(__name__)
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
-TURN = ("<|im_start|>", "<|im_end|>")
 # ChatML, with answers marked for the loss.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -73,7 +72,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, PAD, *TURN],
+        special_tokens=[END, PAD, "<|im_start|>", "<|im_end|>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -123,18 +122,15 @@ def _identity(options: TokenizerOptions, data: DataOptions) -> dict[str, Any]:
 
 def _is_trained(folder: Path, options: TokenizerOptions, data: DataOptions, resuming: bool) -> bool:
     record = folder / "trained_on.json"
-    if not record.is_file():
-        if resuming:
-            raise ValueError(f"cannot resume: the tokenizer of this run is missing from {folder}")
-        return False
-    trained = json.loads(record.read_text(encoding="utf-8"))
-    if trained == _identity(options, data):
-        return True
-    if resuming:
+    trained = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if resuming and trained is None:
+        raise ValueError(f"cannot resume: the tokenizer of this run is missing from {folder}")
+    is_same = trained == _identity(options, data)
+    if resuming and not is_same:
         raise ValueError(
             f"cannot resume: the tokenizer in {folder} was trained with {trained}, this run says otherwise"
         )
-    return False
+    return is_same
 
 
 def _save_trained(folder: Path, options: TokenizerOptions, data: DataOptions) -> None:

@@ -23,42 +23,27 @@ from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.utils import logging
 
 from hmoe.configuration_hmoe import is_hmoe
-from hmoe.costs import forward_flops
+from hmoe.costs import model_costs
 
+from .arguments import RunOptions
 from .budget import BudgetCallback
 from .callbacks import JsonlMetrics, RouterHeatMaps, StopOnSigterm, TrainingStopped
-from .card import run_info_of, write_model_card
 from .checkpointing import (
-    MANIFEST,
     STAGING_PREFIX,
     CheckpointError,
     check_writable,
+    clear_save_errors,
     clear_staging,
     delete_old_checkpoints,
-    describe_damage,
-    find_last_complete_checkpoint,
-    list_checkpoints,
     publish_checkpoint,
+    resolve_checkpoint,
     write_manifest,
 )
+from .publish import run_info_of, write_model_card
 from .router_log import RouterMetrics, RouterWindow, summarise
 from .sharded import checkpoints_allowed, is_sharded, load_states, load_weights, save_states
-
-
-logger = logging.get_logger(__name__)
-
-# What `HMoETrainingArguments` adds, for those who bring plain `TrainingArguments`.
-_DEFAULTS = {
-    "router_metrics": "brief",
-    "metrics_file": "metrics.jsonl",
-    "router_heat_maps": False,
-    "flops_convention": "matmul",
-    "max_train_tokens": None,
-    "max_train_flops": None,
-}
 
 
 class HMoETrainer(Trainer):
@@ -87,10 +72,10 @@ class HMoETrainer(Trainer):
         self._pending = RouterWindow()
         self._eval_metrics: RouterMetrics | None = None
         self._window_start = self._paused = 0.0
-        budgets = {"max_tokens": self._option("max_train_tokens"), "max_flops": self._option("max_train_flops")}
-        self._has_budget = any(limit is not None for limit in budgets.values())
+        tokens, flops = self._option("max_train_tokens"), self._option("max_train_flops")
+        self._has_budget = tokens is not None or flops is not None
         if self._has_budget:
-            self.add_callback(BudgetCallback(self._collect, **budgets))
+            self.add_callback(BudgetCallback(self._collect, max_tokens=tokens, max_flops=flops))
         self._stop = StopOnSigterm(self.accelerator)
         self.add_callback(self._stop)
         if self._option("metrics_file"):
@@ -101,7 +86,8 @@ class HMoETrainer(Trainer):
             self.add_callback(RouterHeatMaps(boards[0], lambda: self.router_window, self.model.config))
 
     def _option(self, name: str) -> Any:
-        return getattr(self.args, name, _DEFAULTS[name])
+        """A field of [`RunOptions`], or its default for those who bring plain `TrainingArguments`."""
+        return getattr(self.args, name, getattr(RunOptions, name))
 
     @property
     def _measures(self) -> bool:
@@ -236,13 +222,13 @@ class HMoETrainer(Trainer):
         return {**inputs, "labels": labels}
 
     def create_model_card(self, **kwargs: Any) -> None:
-        """Writes the card of [`hmoe.training.card`]; `card_info` adds to, and wins over, what the run knows."""
+        """Writes the card of [`hmoe.training.publish`]; `card_info` adds to, and wins over, what the run knows."""
         if not self.is_world_process_zero():
             return
         given = {"base_model": kwargs.get("finetuned_from"), "datasets": kwargs.get("dataset_tags")}
         given |= {name: kwargs.get(name) for name in ("language", "license", "tags")}
         info = {**run_info_of(self), **{name: value for name, value in given.items() if value}, **self.card_info}
-        write_model_card(self.model, self.processing_class, self.args, str(self.args.output_dir), info)
+        write_model_card(self.model, self.args, str(self.args.output_dir), info)
 
     # Checkpoints
 
@@ -267,7 +253,7 @@ class HMoETrainer(Trainer):
             clear_staging(self.args.output_dir)
         if self.accelerator.is_main_process:
             try:
-                answer[0] = _resolve_checkpoint(requested, self.args.output_dir)
+                answer[0] = resolve_checkpoint(requested, self.args.output_dir)
             except CheckpointError as error:
                 answer[1] = str(error)
         broadcast_object_list(answer)
@@ -276,7 +262,7 @@ class HMoETrainer(Trainer):
         return answer[0]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        flops = forward_flops(self.model, self._option("flops_convention")) if self._counts else None
+        flops = model_costs(self.model).forward_flops(self._option("flops_convention")) if self._counts else None
         self._metrics, self._pending = RouterMetrics(flops), RouterWindow()
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._window_start, self._paused = time.perf_counter(), 0.0
@@ -304,7 +290,7 @@ class HMoETrainer(Trainer):
         staging = run_dir / f"{STAGING_PREFIX}{final.name}"
         self._note_best_checkpoint(run_dir)
         with self._not_training():
-            with _clear_save_errors(staging):
+            with clear_save_errors(staging):
                 self._write_and_publish(staging, final)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(final))
@@ -367,43 +353,3 @@ class HMoETrainer(Trainer):
         self.state.stateful_callbacks = {
             name: states[0] if len(states) == 1 else states for name, states in stored.items()
         }
-
-
-def _resolve_checkpoint(requested: str | bool | None, output_dir: str) -> str | None:
-    if not requested:
-        return None
-    if requested is True or requested == "auto":
-        found = find_last_complete_checkpoint(output_dir)
-        broken = list_checkpoints(output_dir)
-        if found is None and broken:
-            raise CheckpointError(
-                f"none of the {len(broken)} checkpoints in `output_dir`={output_dir!r} is complete; "
-                f"{broken[-1].name}: {describe_damage(broken[-1])}. Start anew in another folder, restore a "
-                "checkpoint from a copy, or name the folder of one that another program wrote"
-            )
-        if found is None and requested is True:
-            raise CheckpointError(f"there is no checkpoint in `output_dir`={output_dir!r}: start without resuming")
-        return found
-    damage = describe_damage(requested)
-    if damage is not None and Path(requested, MANIFEST).exists():
-        raise CheckpointError(
-            f"checkpoint {requested} is damaged: {damage}. Resume from another one; resume_from_checkpoint=True takes "
-            "the newest that is whole"
-        )
-    if damage is not None:
-        logger.warning("Checkpoint %s cannot be checked: %s", requested, damage)
-    return str(requested)
-
-
-@contextmanager
-def _clear_save_errors(staging: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        free = shutil.disk_usage(staging.parent).free / 2**20 if staging.parent.is_dir() else 0.0
-        raise CheckpointError(
-            f"the checkpoint {staging.name.removeprefix(STAGING_PREFIX)} could not be saved in {staging.parent} "
-            f"({free:,.0f} MiB free): {type(error).__name__}: {error}. Earlier checkpoints are untouched: make room "
-            "or mend the folder, then resume from the last one"
-        ) from error

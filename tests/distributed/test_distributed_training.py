@@ -18,6 +18,7 @@ import yaml
 from ranks import find_port, finish, start_command
 from safetensors.torch import load_file
 
+import hmoe_cli
 from hmoe.training.checkpointing import find_last_complete_checkpoint
 from hmoe.training.command import main
 
@@ -193,7 +194,8 @@ def wait_for(path: Path, launcher: subprocess.Popen, timeout: float = 180) -> No
 
 def test_sizes_that_do_not_make_the_number_of_processes_are_refused(folder):
     num_ranks, argv = arguments(folder, "refused", "ddp")
-    codes = finish(start_command(num_ranks, main, [*argv, "--distributed.fsdp_size", "4"], folder / "refused"))
+    argv = ["train", *argv, "--distributed.fsdp_size", "4"]
+    codes = finish(start_command(num_ranks, hmoe_cli.main, argv, folder / "refused"))
     assert codes == [2, 2]
     assert "is 4, but 2 processes run" in (folder / "refused.0.log").read_text()
 

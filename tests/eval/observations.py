@@ -1,4 +1,4 @@
-"""Random observations with padding, and the literal form of their routes."""
+"""Random observations with padding, their tables, and the literal form of their routes."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from hmoe import HMoEConfig
 from hmoe.costs import ModelCosts, model_costs
 from hmoe.eval.observe import Observation
+from hmoe.eval.tokens import TokenLosses, TokenRoutes
 from hmoe.routing_hmoe import route_top_k, route_top_p
 
 
@@ -58,3 +59,15 @@ def tokens_of(observation: Observation) -> list[int]:
 
 def chosen_experts(index: Tensor, place: int, num_experts: int) -> list[int]:
     return [expert for expert in index[place].tolist() if expert < num_experts]
+
+
+def observations(routing: str, number: int = 3):
+    return [random_observation(routing, seed=seed) for seed in range(number)]
+
+
+def filled(routing: str, number: int = 3) -> tuple[TokenLosses, TokenRoutes]:
+    losses, routes = TokenLosses(VOCABULARY), TokenRoutes(ARCHITECTURE, VOCABULARY)
+    for observation in observations(routing, number):
+        losses.update(observation)
+        routes.update(observation)
+    return losses, routes

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hmoe.eval.observe import Observation
-from hmoe.eval.stability import RouteSample, agreement, mean_over_layers, stability
+from hmoe.eval.stability import RouteSample, agreement, stability
 
 from .observations import SIZES, chosen_experts, random_observation, tokens_of
 
@@ -58,7 +58,7 @@ def test_equal_counts_can_hide_that_every_token_moved():
     routes = [torch.tensor([[0], [0], [1], [1]]), torch.tensor([[1], [1], [0], [0]])]
     samples = []
     for index in routes:
-        routes_seen = RouteSample([2])
+        routes_seen = RouteSample([2], max_tokens=4)
         routes_seen.update(Observation(ids, mask, ids, torch.full((1, 4), torch.nan), [], [index]))
         samples.append(routes_seen)
     (layer,) = agreement(*samples)
@@ -71,14 +71,14 @@ def test_samples_are_bounded_and_stability_compares_neighbours_and_the_last():
     short = sample(*observations, max_tokens=40)
     assert short.num_tokens == 40 == len(short.tokens()) == len(short.activated_sets(1))
     samples = [sample(observations[0]), sample(rerouted(observations[0], 5, "top_k")), sample(observations[0])]
-    result = stability(["1", "2", "3"], samples)
+    result = stability(list(zip("123", samples)))
     assert [(row["from"], row["to"]) for row in result["neighbours"]] == [("1", "2"), ("2", "3")]
     assert [(row["from"], row["to"]) for row in result["with_last"]] == [("1", "3"), ("2", "3")]
-    assert mean_over_layers(result["with_last"][0]["layers"])["saturation"] == 1.0
+    assert [layer["saturation"] for layer in result["with_last"][0]["layers"]] == [1.0, 1.0]
 
 
 def test_other_tokens_or_other_experts_are_refused():
     with pytest.raises(ValueError, match="not read the same tokens"):
         agreement(sample(random_observation("top_k", seed=0)), sample(random_observation("top_k", seed=1)))
     with pytest.raises(ValueError, match="one training run"):
-        agreement(RouteSample([4]), RouteSample([8]))
+        agreement(RouteSample([4], max_tokens=1), RouteSample([8], max_tokens=1))

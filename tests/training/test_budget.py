@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hmoe import HMoEConfig, HMoEForCausalLM
-from hmoe.costs import forward_flops
+from hmoe.costs import model_costs
 from hmoe.training.arguments import HMoETrainingArguments
 from hmoe.training.budget import BudgetCallback, steps_for_budget
 from hmoe.training.trainer import HMoETrainer
@@ -106,12 +106,18 @@ def test_a_budget_counts_batches_whose_labels_the_trainer_took_out(tmp_path):
     assert trainer.state.global_step == 5
 
 
-def test_planned_steps_cover_the_budget():
-    flops = forward_flops(hmoe())
-    plan = {"max_steps": -1, "max_tokens": None, "max_flops": None, "tokens_per_step": 32, "length": LENGTH}
-    assert steps_for_budget(flops, **plan) == -1
-    assert steps_for_budget(flops, **{**plan, "max_tokens": 65}) == 3
-    assert steps_for_budget(flops, **{**plan, "max_steps": 2, "max_tokens": 65}) == 2
+def test_planned_steps_cover_the_budget(tmp_path):
+    flops = model_costs(hmoe()).forward_flops()
+
+    def steps(**budgets) -> int:
+        args = HMoETrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, use_cpu=True, lr_scheduler_type="constant", **budgets
+        )
+        return steps_for_budget(args, flops, LENGTH)
+
+    assert steps() == -1
+    assert steps(max_train_tokens=65) == 3
+    assert steps(max_steps=2, max_train_tokens=65) == 2
     least = 3 * flops.least(32, LENGTH)
-    assert steps_for_budget(flops, **{**plan, "max_flops": 10 * least}) == 10
+    assert steps(max_train_flops=10 * least) == 10
     assert least < 3 * flops.count(32, LENGTH)

@@ -103,8 +103,8 @@ def test_packed_documents_equal_documents_run_alone(tiny_config, name, attention
 def test_streamed_sequences_are_slices_of_the_whole(within):
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 99, size).tolist() for size in rng.integers(1, 40, 30)]
-    rows = datasets.Dataset.from_dict({"ids": documents}).to_iterable_dataset()
-    stream = PackedStream([rows], [1.0], lambda number, rows: [np.array(r["ids"]) for r in rows], 8, within=within)
+    rows = datasets.Dataset.from_dict({"input_ids": documents}).to_iterable_dataset()
+    stream = PackedStream([rows], [1.0], 8, within=within)
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     packed = PackedDataset(datasets.Dataset.from_dict({"input_ids": documents}, features=features), 8, within=within)
     for streamed, mapped in zip(stream.first_pass(), packed, strict=True):
@@ -113,22 +113,22 @@ def test_streamed_sequences_are_slices_of_the_whole(within):
 
 
 def test_a_stream_of_several_sources_has_the_shares_of_their_weights():
-    rows = [datasets.Dataset.from_dict({"id": [i] * 10}).to_iterable_dataset() for i in range(2)]
-    stream = PackedStream(rows, [3, 1], lambda number, rows: [np.full(5, r["id"]) for r in rows], 8)
+    rows = [datasets.Dataset.from_dict({"input_ids": [[i] * 5] * 10}).to_iterable_dataset() for i in range(2)]
+    stream = PackedStream(rows, [3, 1], 8)
     from_second = sum(int(sequence["input_ids"][0]) for sequence in islice(stream, 2000))
     assert from_second / 2000 == pytest.approx(0.25, abs=0.03)
 
 
 def test_a_stream_without_documents_ends_with_an_error():
-    rows = datasets.Dataset.from_dict({"id": [1, 2]}).to_iterable_dataset()
+    rows = datasets.Dataset.from_dict({"input_ids": [[], []]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="holds no document"):
-        next(iter(PackedStream([rows], [1.0], lambda number, rows: [], 8)))
+        next(iter(PackedStream([rows], [1.0], 8)))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_loader_workers_read_every_document_once_a_pass(workers):
-    rows = datasets.Dataset.from_dict({"id": list(range(24))}).to_iterable_dataset(num_shards=2)
-    stream = PackedStream([rows], [1.0], lambda number, rows: [np.full(4, r["id"]) for r in rows], 4)
+    rows = datasets.Dataset.from_dict({"input_ids": [[i] * 4 for i in range(24)]}).to_iterable_dataset(num_shards=2)
+    stream = PackedStream([rows], [1.0], 4)
     loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers)
     seen = [int(sequence["input_ids"][0]) for sequence in islice(loader, 24)]
     assert sorted(seen) == list(range(24))

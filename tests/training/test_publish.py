@@ -10,19 +10,11 @@ import yaml
 from helpers.rounding import step_rounding
 from local_hub import TOKEN, USER, local_hub
 from safetensors.torch import load_file
-from tiny_training import tiny_arguments, tiny_data, tiny_model, tiny_trainer
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_training import tiny_arguments, tiny_data, tiny_model, tiny_tokenizer, tiny_trainer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hmoe import count_parameters
-from hmoe.training.card import write_model_card
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 64)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+from hmoe.training.publish import write_model_card
 
 
 @pytest.fixture(scope="module")
@@ -84,21 +76,20 @@ def test_card_keeps_folders_and_tokens_of_the_machine_to_itself(finished):
 
 def test_card_of_layers_that_differ_of_top_p_and_of_a_dense_twin(tmp_path):
     model = tiny_model(expert_intermediate_sizes=[[8, 16], [24, 32, 40]], routing="top_p", max_experts_per_tok=2)
-    text = write_model_card(model, None, tiny_arguments(tmp_path), tmp_path, {}).read_text()
+    text = write_model_card(model, tiny_arguments(tmp_path), tmp_path, {}).read_text()
     assert "| 1 | 24, 32, 40 |" in text and "Top-P, p = 0.6, at most 2" in text and "depends on the token" in text
     dense = LlamaForCausalLM(
         LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     )
-    text = write_model_card(dense, None, tiny_arguments(tmp_path), tmp_path, {}).read_text()
+    text = write_model_card(dense, tiny_arguments(tmp_path), tmp_path, {}).read_text()
     assert "trust_remote_code" not in text and "mixture-of-experts" not in text
 
 
 PUSH = """
 import sys
 sys.path[:0] = [sys.argv[1], f"{sys.argv[1]}/.."]
-from test_publish import tiny_tokenizer
-from tiny_training import tiny_trainer
-from hmoe.training.card import push_folder
+from tiny_training import tiny_tokenizer, tiny_trainer
+from hmoe.training.publish import push_folder
 
 arguments = {"push_to_hub": True, "hub_model_id": "counting", "save_strategy": "steps", "save_steps": 1, "seed": 3}
 trainer = tiny_trainer(sys.argv[2], max_steps=2, **arguments)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hmoe import count_parameters
-from hmoe.costs import forward_flops
+from hmoe.costs import model_costs
 from hmoe.metrics import NextTokenMetrics, score_tokens
 from hmoe.training.router_log import RouterMetrics, summarise
 
@@ -179,7 +179,7 @@ def test_train_flops_count_the_experts_that_tokens_activated(tmp_path, padded):
     trainer = tiny_trainer(tmp_path, model, data, max_steps=1)
     trainer.train()
     counts = [torch.bincount(ids.reshape(-1), minlength=len(SIZES)).tolist() for ids in index]
-    expected = 3 * forward_flops(model).count(4 * LENGTH, LENGTH, counts)
+    expected = 3 * model_costs(model).forward_flops().count(4 * LENGTH, LENGTH, counts)
     assert training_logs(trainer)[0]["train_flops"] == pytest.approx(expected)
     assert trainer.state.total_flos == pytest.approx(expected)
 

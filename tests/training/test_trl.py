@@ -3,8 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from test_publish import tiny_tokenizer
-from tiny_training import padded_data, tiny_model
+from tiny_training import padded_data, tiny_model, tiny_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hmoe import lora_config

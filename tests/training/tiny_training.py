@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments, default_data_collator
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainingArguments, default_data_collator
 
 from hmoe import HMoEConfig, HMoEForCausalLM
 from hmoe.training.arguments import HMoETrainingArguments
@@ -39,6 +40,13 @@ def tiny_config(**overrides: Any) -> HMoEConfig:
 def tiny_model(seed: int = 0, **overrides: Any) -> HMoEForCausalLM:
     torch.manual_seed(seed)
     return HMoEForCausalLM(tiny_config(**overrides))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, 64)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def tiny_data(rows: int = 48, seed: int = 0) -> Dataset:

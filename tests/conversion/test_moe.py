@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoints import MOE, QUIET, load, logits_of, make_checkpoint
-from transformers import AutoConfig
+from tiny_checkpoints import CONFIGS, MOE, QUIET, load, logits_of, make_checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from hmoe.conversion import CannotConvert, convert_export, convert_moe
+from hmoe.conversion.families import MOE_FAMILIES, MoEFamily
 
 
 @pytest.mark.parametrize("name", MOE)
@@ -108,3 +111,48 @@ def test_dtype_is_cast_on_request(tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert AutoConfig.from_pretrained(tmp_path / "hmoe").dtype == torch.bfloat16
     assert not result.check.exact
+
+
+class ToyConfig(MixtralConfig):
+    model_type = "toy_moe"
+    attribute_map = {"num_experts": "num_local_experts", "expert_width": "intermediate_size"}
+
+
+class ToyForCausalLM(MixtralForCausalLM):
+    config_class = ToyConfig
+
+
+@pytest.fixture
+def toy_family(monkeypatch):
+    """A family that the package does not know: Mixtral's function under other names."""
+    AutoConfig.register("toy_moe", ToyConfig, exist_ok=True)
+    AutoModelForCausalLM.register(ToyConfig, ToyForCausalLM, exist_ok=True)
+    merge = MergeModulelist(dim=0)
+    names_on_disk = [
+        WeightRenaming(".feed_forward.", ".mlp."),
+        WeightConverter(
+            [".experts.*.a.weight", ".experts.*.b.weight"], ".experts.gate_up_proj", [merge, Concatenate(1)]
+        ),
+        WeightConverter([".experts.*.c.weight"], ".experts.down_proj", [merge]),
+    ]
+    register_checkpoint_conversion_mapping("toy_moe", names_on_disk, overwrite=True)
+    fields = {"intermediate_size": 48, "num_local_experts": 4, "sliding_window": 16}
+    monkeypatch.setitem(CONFIGS, "toy_moe", (ToyConfig, fields))
+    family = MoEFamily(
+        attention_bias=False,
+        sliding_window=True,
+        width="expert_width",
+        block="feed_forward",
+        parts={"gate": "a", "up": "b", "down": "c"},
+    )
+    monkeypatch.setitem(MOE_FAMILIES, "toy_moe", family)
+
+
+@pytest.mark.parametrize("spelling", ["hub", "fused"])
+def test_an_added_family_is_one_record(tmp_path, toy_family, spelling):
+    source = make_checkpoint(tmp_path / "source", "toy_moe", spelling=spelling)
+    on_disk = "feed_forward.experts.0.a.weight" if spelling == "hub" else "mlp.experts.gate_up_proj"
+    assert f"model.layers.0.{on_disk}" in load_file(source / "model.safetensors")
+    result = convert_moe(source, tmp_path / "hmoe", QUIET)
+    torch.testing.assert_close(logits_of(tmp_path / "hmoe"), logits_of(source), rtol=1e-5, atol=1e-5)
+    assert result.check.exact and result.check.passed

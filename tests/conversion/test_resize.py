@@ -20,7 +20,8 @@ def source(tmp_path):
 
 def _expert(model, layer, expert):
     experts = model.model.layers[layer].mlp.experts
-    return unpack_expert((experts.gate_up_proj, experts.down_proj), experts.expert_sizes(), expert)
+    sizes = model.config.layer_expert_sizes[layer]
+    return unpack_expert((experts.gate_up_proj, experts.down_proj), sizes, expert)
 
 
 @pytest.mark.parametrize("sizes", [[48, 64, 56, 80], [[48, 64, 56, 80], [48] * 4, [49, 50, 51, 52]]])

@@ -33,7 +33,7 @@ _TOTALS = {"steps": "{:,}", "tokens": "{:,}", "flops": "{:.3e}", "seconds": "{:,
 
 
 def write_model_card(
-    model: Any, tokenizer: Any, args: TrainingArguments, output_dir: str | os.PathLike, run_info: Mapping[str, Any]
+    model: Any, args: TrainingArguments, output_dir: str | os.PathLike, run_info: Mapping[str, Any]
 ) -> Path:
     """Writes `README.md` into `output_dir` and returns its path.
 
@@ -83,10 +83,10 @@ def _value(choice: Any) -> str:
 def run_info_of(trainer: Trainer) -> dict[str, Any]:
     """What [`write_model_card`] needs and a trainer knows; `load` and `losses` are of the last training log."""
     state = trainer.state
-    training = [entry for entry in state.log_history if "loss" in entry]
-    evaluation = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+    logs = state.log_history[::-1]
+    training: dict[str, float] = next((entry for entry in logs if "loss" in entry), {})
+    evaluation: dict[str, float] = next((entry for entry in logs if any(map(_is_of_evaluation, entry))), {})
     window = getattr(trainer, "router_window", None)
-    config = trainer.model.config
     adapters = getattr(trainer.model, "peft_config", None) or {}
     bases = [adapter.base_model_name_or_path for adapter in adapters.values()]
     return {
@@ -94,15 +94,17 @@ def run_info_of(trainer: Trainer) -> dict[str, Any]:
         "tokens": state.num_input_tokens_seen or None,
         "flops": state.total_flos or None,
         "processes": trainer.args.world_size,
-        "losses": {name: value for name, value in training[-1].items() if name.endswith("loss")} if training else {},
+        "losses": {name: value for name, value in training.items() if name.endswith("loss")},
         "load": window.load() if window is not None else None,
         "evaluation": {
-            name: value
-            for name, value in (evaluation[-1] if evaluation else {}).items()
-            if name.startswith("eval_") and not name.endswith(_SPEEDS)
+            name: value for name, value in evaluation.items() if _is_of_evaluation(name) and not name.endswith(_SPEEDS)
         },
-        "base_model": next(iter(bases), None) or config.name_or_path or None,
+        "base_model": next(iter(bases), None) or trainer.model.config.name_or_path or None,
     }
+
+
+def _is_of_evaluation(name: str) -> bool:
+    return name.startswith("eval_")
 
 
 def push_folder(

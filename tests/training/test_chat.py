@@ -1,7 +1,6 @@
 import pytest
 
 from hmoe.training.chat import ChatEncoder
-from hmoe.training.documents import TextEncoder
 from hmoe.training.tokenizer import train_tokenizer
 
 
@@ -53,17 +52,3 @@ def test_pairs_learn_the_answer_and_its_end(tokenizer):
     encoder = ChatEncoder(tokenizer, 200, prompt="question", answer="reply")
     encoded = encoder({"question": ["the people "], "reply": ["work"]})
     assert answers(tokenizer, encoded) == "work<|endoftext|>"
-
-
-def test_a_trained_tokenizer_gives_back_every_text(tokenizer):
-    text = "Grüße, 世界! \x00 \t two  spaces\r\n 🙂"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert train_tokenizer(TEXTS, 300).get_vocab() == tokenizer.get_vocab()
-    assert tokenizer.unk_token is None
-
-
-def test_a_tokenizer_without_end_is_refused(tokenizer):
-    plain = train_tokenizer(TEXTS, 300)
-    plain.eos_token = None
-    with pytest.raises(ValueError, match="no EOS"):
-        TextEncoder(plain)
