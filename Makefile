@@ -37,8 +37,8 @@ test: $(STAMP)
 
 # As on another processor: PyTorch, MKL and oneDNN without AVX sum in another order and have no fused multiply-add.
 OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
-NUMERIC := $(addprefix tests/,conversion distributed/test_parallel.py distributed/test_placement.py test_checkpoint_code.py \
-	test_experts_hmoe.py test_lora.py test_loss_scale.py test_losses_hmoe.py test_metrics.py test_modeling_hmoe.py \
+NUMERIC := $(addprefix tests/,conversion distributed/test_parallel.py test_checkpoint_code.py test_experts_hmoe.py test_lora.py \
+	test_loss_scale.py test_losses_hmoe.py test_metrics.py test_modeling_hmoe.py test_old_checkpoints.py test_placement.py \
 	test_routing.py training/test_packing.py training/test_trainer.py training/test_trl.py)
 
 test-portable: $(STAMP)
