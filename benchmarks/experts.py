@@ -39,6 +39,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hmoe import HMoEConfig, expert_sizes
 from hmoe.experts_hmoe import EXPERTS_IMPLEMENTATIONS, HMoEExperts
+from hmoe.routers import tokens_per_expert
 
 
 DTYPES = ("float32", "bfloat16")
@@ -260,7 +261,7 @@ class Comparison:
 
     def _activated_neurons(self, widths: Sequence[int]) -> list[float]:
         """Of each call: neurons that a token activates, on average."""
-        counts = [torch.bincount(index.flatten(), minlength=len(widths)).tolist() for index in self.index]
+        counts = [tokens_per_expert(index, len(widths)).tolist() for index in self.index]
         return [sum(count * width for count, width in zip(row, widths)) / self.point.tokens for row in counts]
 
     def gflops(self, name: str) -> float | None:
